@@ -1,0 +1,149 @@
+"""Checks of what users pass: each fault is named by its path, with the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gimli_compile.errors import InputError, compose_message
+from gimli_compile.model_view import ModelView
+from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.snapshot import GROUPS
+from gimli_compile.state import Hyperparameters, OptState
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what is no optimizer."""
+    if not (callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, GROUPS, None), list)):
+        raise InputError(
+            compose_message(
+                f"{type(optimizer).__name__} is no optimizer: it lacks `step` or `param_groups`",
+                None,
+                "`functionalize` runs the optimizer's own `step`.",
+                "Pass an instance of a `torch.optim.Optimizer` subclass, or of a class that looks like one.",
+            )
+        )
+
+
+def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
+    """Refuses an optimizer over parameters that the model does not have."""
+    for index, group in enumerate(optimizer.param_groups):
+        for place, param in enumerate(group["params"]):
+            if id(param) not in view.param_names:
+                raise InputError(
+                    compose_message(
+                        f"parameter {place} of the optimizer's group {index} (shape {tuple(param.shape)}) "
+                        "is none of the model's",
+                        None,
+                        "A program knows parameters by the names that the model gives them.",
+                        "Create the optimizer from this model's `parameters()`; if the model was copied, moved or "
+                        "re-initialized since, create the optimizer again.",
+                    )
+                )
+
+
+def check_options(view: OptimizerView) -> None:
+    """Refuses to run programs of an optimizer whose options changed since they were made for it."""
+    now = view.read_options()
+    if now == view.options:
+        return
+    changed = "the number of parameter groups"
+    if len(now) == len(view.options):
+        changed = ", ".join(
+            f"groups.{index}.{key}"
+            for index, (old, new) in enumerate(zip(view.options, now, strict=True))
+            for key in sorted({entry[0] for entry in set(old) ^ set(new)})
+        )
+    raise InputError(
+        compose_message(
+            f"the optimizer's options changed after `functionalize`: {changed}",
+            None,
+            "Programs are made for the options that the optimizer had then.",
+            "Call `functionalize` again. Numbers, such as a learning rate, may change at any time.",
+        )
+    )
+
+
+def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuses parameters or buffers whose names, shapes or dtypes are not the model's."""
+    for name in (*live, *given):
+        if name not in given or name not in live:
+            side = "lacks" if name not in given else "has an extra"
+            raise InputError(
+                compose_message(
+                    f"{what} {side} {name!r}",
+                    None,
+                    "A state belongs to the model that `functionalize` was given.",
+                    "Make the state with `init()` of this object, and keep all its entries.",
+                )
+            )
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor) or value.shape != live[name].shape:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(
+                compose_message(
+                    f"{what}[{name!r}] is {shape}, but the model's is {tuple(live[name].shape)}",
+                    None,
+                    "A state belongs to the model that `functionalize` was given.",
+                    "Make the state with `init()` of this object.",
+                )
+            )
+
+
+def check_state(state: Any, view: OptimizerView) -> None:
+    """Refuses an optimizer state of something else."""
+    if not isinstance(state, OptState):
+        raise InputError(
+            f"the optimizer state is a {type(state).__name__}. Use the `opt_state` of the TrainState that `init()` returns."
+        )
+    owner = state.skeleton.root.owner
+    if owner is not view.optimizer:
+        raise InputError(
+            compose_message(
+                f"the optimizer state is that of another optimizer, a {type(owner).__name__}",
+                None,
+                "A state has the structure of the optimizer that it was made for.",
+                "Make the state with `init()` of this object.",
+            )
+        )
+
+
+def check_hyper(hyper: Any, expected: set[str]) -> dict[str, torch.Tensor]:
+    """Returns the hyperparameters by path; refuses a structure that is not the optimizer's."""
+    if not isinstance(hyper, Hyperparameters):
+        raise InputError(
+            f"hyper is a {type(hyper).__name__}. Take `hyperparameters()` of this object and replace entries of it."
+        )
+    given = hyper.by_path()
+    wanted = {path for path in expected if path.startswith("groups.")}
+    for path in sorted(set(given) - expected):
+        raise InputError(
+            compose_message(
+                f"hyper has an entry {path!r} that the optimizer has no hyperparameter for",
+                None,
+                "It would have no effect.",
+                f"The optimizer's are: {', '.join(sorted(wanted))}.",
+            )
+        )
+    for path in sorted(wanted - set(given)):
+        raise InputError(
+            compose_message(
+                f"hyper lacks {path!r}",
+                None,
+                "Every hyperparameter is an input of the program.",
+                "Take `hyperparameters()` and replace single entries; do not remove any.",
+            )
+        )
+    return {path: _as_tensor(path, value) for path, value in given.items()}
+
+
+def _as_tensor(path: str, value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            return value
+        return value.to(torch.float64)
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value), dtype=torch.float64)
+    raise InputError(f"hyper[{path}] is a {type(value).__name__}. A hyperparameter is a tensor or a number.")

@@ -1,0 +1,249 @@
+"""Numbers that are concrete and symbolic at once: Python floats and ints that carry the tensor they stand for.
+
+Arithmetic gives such numbers again and records tensor arithmetic (0-dim float64) beside Python's own; a comparison
+gives Python's own answer and records it as a guard. A conversion that Python forces to a plain number is recorded as a
+guard that pins the value, and reported as baked.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.provenance import current_source, user_source
+from gimli_compile.recording import DATA, Baked, Guard, Recorder
+
+Plain = float | int
+
+
+class Number:
+    """What the float and the int kind share: `tensor`, its recorder and the arithmetic."""
+
+    tensor: torch.Tensor
+    recorder: Recorder
+
+    @property
+    def plain(self) -> Plain:
+        """The concrete value as an ordinary number."""
+        raise TypeError("Number is the shared half of FloatNumber and IntNumber")
+
+    def __copy__(self) -> Number:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Number:
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.plain)
+
+    def __bool__(self) -> bool:
+        return compare(operator.ne, self, 0)
+
+    def __float__(self) -> float:
+        return float(bake(self, "a number that `float()` made plain"))
+
+    def __int__(self) -> int:
+        return int(bake(self, "a number that `int()` made plain"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        if digits is None:
+            return unary(round, torch.round, self)
+        return unary(lambda value: round(value, digits), lambda tensor: torch.round(tensor, decimals=digits), self)
+
+    def is_integer(self) -> bool:
+        """Tells whether the value is whole, and guards the answer."""
+        rest = self % 1  # type: ignore[operator]
+        return compare(operator.eq, rest, 0)
+
+    def __getnewargs__(self) -> tuple[Plain]:
+        return (self.plain,)
+
+
+class FloatNumber(Number, float):
+    """A float that carries a tensor."""
+
+    @property
+    def plain(self) -> float:
+        """The concrete value as an ordinary float."""
+        return float.__add__(self, 0.0) if float.__ne__(self, 0.0) else float.__pos__(self)
+
+
+class IntNumber(Number, int):
+    """An int that carries a tensor."""
+
+    @property
+    def plain(self) -> int:
+        """The concrete value as an ordinary int."""
+        return int.__add__(self, 0)
+
+
+def make_number(value: Plain, tensor: torch.Tensor, recorder: Recorder) -> Any:
+    """Returns a number of `value` that stands for `tensor` (0-dim float64, or of a parameter's shape)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a number stands for an int or a float, not for {type(value).__name__}")
+    number = IntNumber(value) if isinstance(value, int) else FloatNumber(value)
+    number.tensor = tensor
+    number.recorder = recorder
+    return number
+
+
+def plain(value: Any) -> Any:
+    """Returns a number without what it stands for; anything else unchanged."""
+    return value.plain if isinstance(value, Number) else value
+
+
+def number_of(tensor: torch.Tensor, recorder: Recorder) -> Any:
+    """Returns the Python number of a traced one-element tensor, as `item()` does, tied to the tensor."""
+    with recorder.paused():
+        value = tensor.detach().reshape(()).item()
+    if not recorder.reach(tensor) or isinstance(value, complex):
+        return value
+    carried = tensor.detach()
+    carried = carried.reshape(()) if carried.dim() else carried
+    if isinstance(value, bool):
+        return guard(recorder, carried, value)
+    carried = carried if carried.dtype == torch.float64 else carried.to(torch.float64)
+    return make_number(value, carried.cpu(), recorder)
+
+
+# ---------------------------------------------------------------------- operations
+
+
+def unary(python: Callable[[Any], Any], on_tensor: Callable[[Any], Any], number: Number) -> Any:
+    """Applies a function of one number to the concrete and to the symbolic value."""
+    return make_number(python(number.plain), on_tensor(number.tensor), number.recorder)
+
+
+def binary(python: Callable[..., Any], on_tensors: Callable[..., Any], left: Any, right: Any) -> Any:
+    """Applies a function of two numbers, at least one of them concolic."""
+    recorder = (left if isinstance(left, Number) else right).recorder
+    value = python(plain(left), plain(right))
+    if isinstance(value, complex):
+        raise CaptureError(
+            compose_message(
+                "a number of the optimizer became complex",
+                user_source(),
+                "Captured numbers are real.",
+                "Check the hyperparameters: a negative number is raised to a fractional power.",
+            )
+        )
+    return make_number(value, on_tensors(_carried(left), _carried(right)), recorder)
+
+
+def _carried(value: Any) -> Any:
+    return value.tensor if isinstance(value, Number) else value
+
+
+def compare(python: Callable[..., bool], left: Any, right: Any) -> bool:
+    """Returns Python's own answer to a comparison and records it as a guard."""
+    recorder = (left if isinstance(left, Number) else right).recorder
+    return guard(recorder, python(_carried(left), _carried(right)), python(plain(left), plain(right)))
+
+
+def guard(recorder: Recorder, condition: torch.Tensor, outcome: bool) -> bool:
+    """Records that a 0-dim bool tensor had `outcome`; a condition on a tensor of numbers must be unanimous."""
+    if condition.dim() > 0:
+        with recorder.paused():
+            unanimous = bool((condition == outcome).all())
+        if not unanimous:
+            raise CaptureError(
+                compose_message(
+                    "a hyperparameter that is a tensor takes both branches of a comparison at once",
+                    user_source(),
+                    "The elements of a per-element hyperparameter must all take the same branch.",
+                    "Keep all elements on one side, for example all of them positive.",
+                )
+            )
+        condition = condition.all() if outcome else condition.any()
+    recorder.guards.append(Guard(recorder.node_of(condition), outcome, current_source()))
+    return outcome
+
+
+def bake(number: Number, what: str) -> Plain:
+    """Returns the plain value and pins it with a guard; the loss of its derivative is reported."""
+    value = number.plain
+    if recorder_reach(number) & DATA:
+        raise CaptureError(
+            compose_message(
+                f"{what.replace('a number', 'a number read from a tensor', 1)}",
+                user_source(),
+                "The program would hold the value of this one step as a constant.",
+                "Leave the number as `item()` returned it, or use tensor operators.",
+            )
+        )
+    compare(operator.eq, number, value)
+    if isinstance(number, float):
+        number.recorder.baked.append(Baked(what, current_source()))
+    return value
+
+
+def recorder_reach(number: Number) -> int:
+    """Returns what the number's value depends on."""
+    return number.recorder.reach(number.tensor)
+
+
+# ---------------------------------------------------------------------- the methods of the two kinds
+
+
+def _true_divide(left: Any, right: Any) -> torch.Tensor:
+    if not isinstance(left, torch.Tensor):
+        left = torch.full((), float(left), dtype=torch.float64)
+    return torch.div(left, right)
+
+
+_TENSOR_FORM: dict[Callable[..., Any], Callable[..., Any]] = {operator.truediv: _true_divide}
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def _is_operand(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[..., Any]:
+    on_tensors = _TENSOR_FORM.get(python, python)
+
+    def method(self: Any, other: Any, *rest: Any) -> Any:
+        if not _is_operand(other) or rest:
+            return NotImplemented
+        return binary(python, on_tensors, other, self) if swapped else binary(python, on_tensors, self, other)
+
+    return method
+
+
+def _make_comparison(python: Callable[..., bool]) -> Callable[..., Any]:
+    def method(self: Any, other: Any) -> Any:
+        return compare(python, self, other) if _is_operand(other) else NotImplemented
+
+    return method
+
+
+def _make_unary(python: Callable[..., Any], on_tensor: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self: unary(python, on_tensor, self)
+
+
+def _install_methods() -> None:
+    unaries = {
+        "__neg__": (operator.neg, torch.neg),
+        "__pos__": (operator.pos, torch.positive),
+        "__abs__": (abs, torch.abs),
+        "__trunc__": (int, torch.trunc),
+    }
+    for name, pair in unaries.items():
+        setattr(Number, name, _make_unary(*pair))
+    roundings = {"__floor__": torch.floor, "__ceil__": torch.ceil}
+    for name, on_tensor in roundings.items():
+        setattr(Number, name, _make_unary(lambda value, name=name: getattr(float(value), name)(), on_tensor))
+    for name in _ARITHMETIC:
+        python = getattr(operator, name)
+        setattr(Number, f"__{name}__", _make_arithmetic(python, swapped=False))
+        setattr(Number, f"__r{name}__", _make_arithmetic(python, swapped=True))
+    for name in _COMPARISONS:
+        setattr(Number, f"__{name}__", _make_comparison(getattr(operator, name)))
+
+
+_install_methods()

@@ -1,0 +1,52 @@
+"""Custom autograd functions: the user's own derivative is kept, to every order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gimli_compile.recording import Recorder
+
+
+@lru_cache(maxsize=1024)
+def _call_of(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Returns the function that a node of the graph calls for `kind.apply`, always the same one."""
+
+    def call(*args: Any) -> Any:
+        return kind.apply(*args)
+
+    call.__name__ = kind.__name__
+    call.is_custom_function = True  # type: ignore[attr-defined]
+    return call
+
+
+@contextmanager
+def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
+    """Records each `Function.apply` as one call of that function.
+
+    What its `forward` computes inside runs without gradients and is recorded as such (its backward may have saved it),
+    but the results are those of the one call, so that differentiating the program uses the function's own `backward`.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        out = original.__get__(None, kind)(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        reach = 0
+        for tensor in tensors:
+            reach |= recorder.reach(tensor)
+        if reach and not kwargs and not recorder._paused:
+            nodes = tree_map_only(torch.Tensor, recorder.node_of, args)
+            recorder.add_call(_call_of(kind), nodes, {}, out, override=True)
+        return out
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]

@@ -1,0 +1,260 @@
+"""`functionalize`: a model and an optimizer as pure, differentiable functions of everything they use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gimli_compile.argument_checks import (
+    check_hyper,
+    check_options,
+    check_optimizer,
+    check_optimizer_params,
+    check_state,
+    check_tensors,
+)
+from gimli_compile.errors import InputError, compose_message
+from gimli_compile.loss_table import LossTable
+from gimli_compile.model_view import ModelView
+from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
+from gimli_compile.programs import Programs
+from gimli_compile.recording import Baked
+from gimli_compile.restoring import write_back
+from gimli_compile.slot import Slot
+from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
+from gimli_compile.unrolling import unroll_steps
+from gimli_compile.update_table import UpdateTable
+
+LossFunction = Callable[..., torch.Tensor]
+
+
+def functionalize(
+    model: nn.Module,
+    optimizer: Any,
+    loss_fn: LossFunction | None = None,
+    *,
+    per_parameter: bool = False,
+) -> Functional:
+    """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
+
+    Args:
+        model: any `nn.Module` whose parameters are initialized.
+        optimizer: any optimizer over the model's parameters, fresh or in the middle of training.
+        loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
+            as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
+        per_parameter: gives every parameter a group, and so hyperparameters, of its own.
+
+    Raises:
+        InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
+        CaptureError: a step of the optimizer does not run.
+    """
+    return Functional(model, optimizer, loss_fn, per_parameter=per_parameter)
+
+
+class Functional:
+    """The functions of one model and optimizer: see `functionalize`.
+
+    Programs are captured on first use and again, by themselves, for inputs of another form, for another structure of
+    the optimizer's state, or where a branch that the step takes on its numbers turns out otherwise.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, loss_fn: LossFunction | None, *, per_parameter: bool = False
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        check_optimizer(optimizer)
+        self._model_view = ModelView(model)
+        check_optimizer_params(optimizer, self._model_view)
+        self._view = OptimizerView(optimizer, self._model_view.param_names, per_parameter=per_parameter)
+        kind = type(optimizer)
+        self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
+        self._updates = UpdateTable(self._view, f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}")
+        self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
+
+    # ------------------------------------------------------------------ values
+
+    def init(self) -> TrainState:
+        """Returns copies of the live parameters, buffers and optimizer state, as they are at this moment."""
+        check_options(self._view)
+        params = {name: p.detach().clone() for name, p in self._model_view.live_params.items()}
+        buffers = {name: b.detach().clone() for name, b in self._model_view.live_buffers.items()}
+        return TrainState(params, buffers, self._view.opt_state())
+
+    def hyperparameters(self) -> Hyperparameters:
+        """Returns the live hyperparameters as tensors: all numbers of group i at `hyper[i]`, float64 and 0-dim.
+
+        Replace an entry by a tensor that requires a gradient to differentiate with respect to it; by one of the shape
+        of the group's parameter to have one value for each element.
+        """
+        check_options(self._view)
+        skeleton, values = self._view.read()
+        known = {leaf.path for leaf in self._view.hyper_leaves()}
+        used = self._used_paths()
+        shown = {path for path in known if path.startswith("groups.") or path in used}
+        return build_hyperparameters(skeleton, values, shown)
+
+    def _used_paths(self) -> set[str]:
+        """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
+        outside = any(not leaf.path.startswith("groups.") for leaf in self._view.hyper_leaves())
+        if outside and not self._updates.variants:
+            self._updates.example(self.init(), self._hyper_values(None), self._trained)
+        return self._updates.used_hyperparameters()
+
+    def _hyper_values(self, hyper: Hyperparameters | None) -> dict[str, torch.Tensor]:
+        check_options(self._view)
+        _, values = self._view.read()
+        leaves = self._view.hyper_leaves()
+        if hyper is None:
+            return {leaf.path: hyper_tensor(values[leaf.path]) for leaf in leaves}
+        given = check_hyper(hyper, {leaf.path for leaf in leaves})
+        return {
+            leaf.path: given[leaf.path] if leaf.path in given else hyper_tensor(values[leaf.path]) for leaf in leaves
+        }
+
+    # ------------------------------------------------------------------ functions
+
+    def forward(self, params: Tensors, buffers: Tensors, *args: Any, **kwargs: Any) -> tuple[Any, Tensors]:
+        """Calls the model with these parameters and buffers; returns its output and the new buffers."""
+        check_tensors(params, self._model_view.live_params, "params")
+        check_tensors(buffers, self._model_view.live_buffers, "buffers")
+        return self._losses.forward(params, buffers, args, kwargs)
+
+    def __call__(self, state: TrainState, *args: Any, **kwargs: Any) -> Any:
+        """Returns the model's output for a train state."""
+        return self.forward(state.params, state.buffers, *args, **kwargs)[0]
+
+    def update(
+        self,
+        params: Tensors,
+        grads: Mapping[str, torch.Tensor | None],
+        opt_state: OptState,
+        hyper: Hyperparameters | None = None,
+    ) -> tuple[Tensors, OptState]:
+        """Takes one step of the optimizer from `params` along `grads` (by name; None or missing: no gradient).
+
+        Returns the new parameters and the new state. `hyper` defaults to the live hyperparameters.
+        """
+        check_tensors(params, self._model_view.live_params, "params")
+        check_state(opt_state, self._view)
+        return self._update(params, grads, opt_state, self._hyper_values(hyper))
+
+    def _update(
+        self, params: Tensors, grads: Mapping[str, Any], opt_state: OptState, hyper: dict[str, torch.Tensor]
+    ) -> tuple[Tensors, OptState]:
+        return self._updates.run(UpdateInputs(params, grads, opt_state, hyper))
+
+    def step(
+        self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None
+    ) -> tuple[TrainState, torch.Tensor]:
+        """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
+        self._check_step(state)
+        return self._step(state, batch, self._hyper_values(hyper), meta, order=2)
+
+    def _check_step(self, state: TrainState) -> None:
+        if self.loss_fn is None:
+            raise InputError(
+                compose_message(
+                    "`step` and `unroll` need a loss",
+                    None,
+                    "`functionalize(model, optimizer)` was given none.",
+                    "Call `functionalize(model, optimizer, loss_fn)`.",
+                )
+            )
+        check_tensors(state.params, self._model_view.live_params, "state.params")
+        check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
+        check_state(state.opt_state, self._view)
+
+    def _step(
+        self,
+        state: TrainState,
+        batch: Any,
+        hyper: dict[str, torch.Tensor],
+        meta: Any,
+        *,
+        order: int,
+        draws: dict[Slot, torch.Tensor] | None = None,
+    ) -> tuple[TrainState, torch.Tensor]:
+        draws = {} if draws is None else draws
+        loss, grads, buffers = self._losses.gradient(state, batch, meta, self._trained, order=order, draws=draws)
+        params, opt_state = self._updates.run(UpdateInputs(state.params, grads, state.opt_state, hyper, draws))
+        return TrainState(params, buffers, opt_state), loss
+
+    def unroll(
+        self,
+        state: TrainState,
+        batches: Any,
+        hyper: Hyperparameters | None = None,
+        meta: Any = None,
+        *,
+        backward: str = "reverse",
+        checkpoint: str | int | None = None,
+        order: int = 2,
+        truncate: int | None = None,
+    ) -> tuple[TrainState, torch.Tensor]:
+        """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
+
+        Args:
+            state: where training starts.
+            batches: a list (or iterator) of J batches, or a pytree of tensors with a leading dimension J.
+            hyper: hyperparameters, the same in all steps; the live ones by default.
+            meta: the third argument of the loss.
+            backward: "reverse": every step is differentiated by autograd, as Algorithm 1 of Gimli does.
+            checkpoint: None keeps what every step computed; "step" or an int k keeps the states of every (k-th) step
+                and computes the steps again in the backward pass; "sqrt" takes k near the root of J.
+            order: 2 is exact; 1 takes the inner gradients as constants (first-order MAML).
+            truncate: differentiates the last k steps only (truncated backpropagation; Shaban et al. 2019).
+
+        Returns:
+            The last state, and the losses before each step (J).
+
+        Raises:
+            InputError: no steps, leading dimensions that differ, or an option that does not exist.
+        """
+        self._check_step(state)
+        values = self._hyper_values(hyper)
+
+        def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
+            return self._step(now, batch, hyper, meta, order=order, draws=draws)
+
+        return unroll_steps(
+            step,
+            state,
+            batches,
+            values,
+            meta,
+            backward=backward,
+            checkpoint=checkpoint,
+            order=order,
+            truncate=truncate,
+        )
+
+    # ------------------------------------------------------------------ looking and writing back
+
+    @property
+    def programs(self) -> Programs:
+        """The captured programs by name, with all variants: "forward", "grad", "update", "step"."""
+        if not self._updates.variants:
+            self._updates.example(self.init(), self._hyper_values(None), self._trained)
+        return Programs(self._losses, self._updates)
+
+    def report(self) -> list[Baked]:
+        """Returns the numbers that are constants of the captured programs, each with the line that made it one."""
+        return [entry for variant in self._updates.variants for entry in variant.baked]
+
+    def load_into(self, model: nn.Module, optimizer: Any, state: TrainState) -> None:
+        """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure."""
+        check_tensors(state.params, dict(model.named_parameters()), "state.params")
+        check_tensors(state.buffers, dict(model.named_buffers()), "state.buffers")
+        write_back(self._view, model, optimizer, state)
+
+    def __repr__(self) -> str:
+        return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"
+
+    def __deepcopy__(self, memo: Any) -> Functional:
+        return copy.copy(self)

@@ -1,0 +1,268 @@
+"""Captures the model, and the loss with its inner gradient, as programs."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from gimli_compile.custom_functions import custom_functions_recorded
+from gimli_compile.errors import BakedValueWarning, CaptureError, InputError, compose_message
+from gimli_compile.interception import Interception
+from gimli_compile.model_view import ModelView, changed_attributes
+from gimli_compile.optimizer_view import as_leaf
+from gimli_compile.pipeline import LOSS_PASSES, lower
+from gimli_compile.program import Program
+from gimli_compile.provenance import user_source
+from gimli_compile.recording import DATA, HOST, Recorder, Region
+from gimli_compile.slot import Role, Slot
+from gimli_compile.state import Tensors
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A captured forward pass: the program and the structure of what it returns."""
+
+    program: Program
+    structure: pytree.TreeSpec
+    fixed: tuple[Any, ...]
+
+    def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
+        """Returns the model's output from the program's results."""
+        leaves = [results[Slot(Role.OUTPUT, str(i))] if value is _TENSOR else value for i, value in enumerate(self.fixed)]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+_TENSOR = object()
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields path and value of the leaves of a pytree, the path as `0.x`."""
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    for path, value in pairs:
+        yield ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path), value
+
+
+def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:
+    """Returns the tensors of a pytree by slot; numbers and flags are part of the program, anything else is refused."""
+    found = {}
+    for path, value in named_leaves(tree):
+        if isinstance(value, torch.Tensor):
+            found[Slot(role, path)] = value
+        elif not (value is None or isinstance(value, (bool, int, float, complex))):
+            raise InputError(
+                compose_message(
+                    f"{role.value}[{path}] is a {type(value).__name__}, not a tensor or a number",
+                    None,
+                    "A program takes tensors; other things cannot be its inputs.",
+                    "Turn it into a tensor before the step, for example an index for each label.",
+                )
+            )
+    return found
+
+
+def takes_meta(loss_fn: Callable[..., Any]) -> bool:
+    """Tells whether a loss takes a third argument, the meta-parameters."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in kinds]
+    return len(positional) >= 3 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+
+
+class _Run:
+    """One traced run of the model on copies of the tensors that it is given."""
+
+    def __init__(self, view: ModelView, params: Tensors, buffers: Tensors) -> None:
+        self.view = view
+        self.recorder = Recorder("loss")
+        self.first: dict[int, torch.Tensor] = {}
+        live = view.live_params
+        self.params = {name: self._add_param(name, params[name], live[name].requires_grad) for name in live}
+        self.buffers = {
+            name: self.add(Slot(Role.BUFFER, name), value, HOST if value.dim() == 0 else DATA)
+            for name, value in buffers.items()
+        }
+
+    def _add_param(self, name: str, value: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
+        traced = as_leaf(value, requires_grad=requires_grad)
+        self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
+        return traced
+
+    def add(self, slot: Slot, value: torch.Tensor, reach: int = DATA) -> torch.Tensor:
+        traced = value.detach().clone()
+        self.recorder.add_input(slot, traced, reach)
+        return traced
+
+    def add_tree(self, role: Role, tree: Any) -> Any:
+        """Announces the tensors of a pytree and returns the pytree of their traced copies."""
+        slots = tree_slots(role, tree)
+        traced = iter([self.add(slot, value) for slot, value in slots.items()])
+        return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Runs the model with the traced tensors, everything recorded."""
+        before = self.view.signature()
+        cudnn_off = torch.backends.cudnn.flags(enabled=False)
+        with self.view.substituted({**self.params, **self.buffers}), cudnn_off, _math_attention(), torch.enable_grad():
+            recorder = self.recorder
+            with recorder.in_region(Region.LOSS), custom_functions_recorded(recorder), recorder, Interception(recorder):
+                yield
+            self.new_buffers = self.view.read_buffers()
+            _warn_of_changes(changed_attributes(before, self.view.signature()))
+
+    def buffer_results(self) -> dict[Slot, fx.Node]:
+        return {
+            Slot(Role.BUFFER, name): self.recorder.node_of(self.new_buffers[name])
+            for name in self.buffers
+            if name in self.new_buffers
+        }
+
+    def finish(self, title: str, name: str, results: dict[Slot, fx.Node]) -> Program:
+        recorder = self.recorder
+        self._refuse_guards()
+        recorder.graph.output(tuple(results.values()))
+        program = Program(
+            title, name, recorder.graph, tuple(recorder.inputs), tuple(results), recorder.constants, recorder.draws
+        )
+        return lower(program, LOSS_PASSES)
+
+    def _refuse_guards(self) -> None:
+        for guard in self.recorder.guards:
+            raise CaptureError(
+                compose_message(
+                    "the model or the loss branches on the value of a buffer",
+                    guard.source,
+                    "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
+                    "Use `torch.where` in place of the branch, or make the buffer a plain attribute of the module.",
+                )
+            )
+
+
+def _math_attention() -> Any:
+    """Attention in its mathematical form: the fused kernels have no second derivative."""
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+
+
+def _warn_of_changes(names: Iterable[str]) -> None:
+    for name in names:
+        warnings.warn(
+            f"the model changes its attribute `{name}` while it runs. It is no tensor, so the program holds the value "
+            "that it had at capture. Register it with `register_buffer` if later steps depend on it.",
+            BakedValueWarning,
+            stacklevel=2,
+        )
+
+
+def capture_forward(
+    view: ModelView, params: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], title: str
+) -> Forward:
+    """Captures `model(*args, **kwargs)`."""
+    run = _Run(view, params, buffers)
+    traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
+    with run.tracing():
+        out = view.model(*traced_args, **traced_kwargs)
+    leaves, structure = pytree.tree_flatten(out)
+    fixed = tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    results = {
+        Slot(Role.OUTPUT, str(i)): run.recorder.node_of(leaf)
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor)
+    }
+    return Forward(run.finish(title, "forward", {**results, **run.buffer_results()}), structure, fixed)
+
+
+def capture_gradient(
+    view: ModelView,
+    loss_fn: Callable[..., Any],
+    params: Tensors,
+    buffers: Tensors,
+    batch: Any,
+    meta: Any,
+    wanted: Iterable[str],
+    title: str,
+) -> Program:
+    """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
+    run = _Run(view, params, buffers)
+    traced_batch = run.add_tree(Role.BATCH, batch)
+    arguments = (view.model, traced_batch)
+    if takes_meta(loss_fn):
+        arguments = (*arguments, run.add_tree(Role.META, meta))
+    trained = {name: run.params[name] for name in wanted}
+    with run.tracing():
+        loss = loss_fn(*arguments)
+        _check_loss(loss, loss_fn)
+        with run.recorder.in_region(Region.BACKWARD):
+            grads = _gradient(loss, trained, loss_fn)
+    results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
+    for name, grad in grads.items():
+        if grad is not None:
+            results[Slot(Role.GRAD, name)] = run.recorder.node_of(grad)
+    return run.finish(title, "grad", {**results, **run.buffer_results()})
+
+
+def _gradient(
+    loss: torch.Tensor, trained: Mapping[str, torch.Tensor], loss_fn: Callable[..., Any]
+) -> dict[str, torch.Tensor | None]:
+    if not loss.requires_grad:
+        raise CaptureError(
+            compose_message(
+                f"the loss of `{_name(loss_fn)}` does not depend on any trained parameter",
+                _definition(loss_fn),
+                "There is no inner gradient to step along.",
+                "Check for `detach`, `no_grad` or `argmax` on the way, and that the optimizer has the model's parameters.",
+            )
+        )
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return dict(zip(trained, grads, strict=True))
+
+
+def _check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        kind = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}" if isinstance(loss, torch.Tensor) else loss
+        raise CaptureError(
+            compose_message(
+                f"the loss of `{_name(loss_fn)}` is not a scalar: it returned {kind!s}",
+                _definition(loss_fn),
+                "The inner gradient is that of one number.",
+                "Reduce the loss, for example with `.mean()`.",
+            )
+        )
+    with torch.no_grad():
+        finite = bool(torch.isfinite(_untraced(loss)))
+    if not finite:
+        raise CaptureError(
+            compose_message(
+                f"the loss of `{_name(loss_fn)}` is {float(_untraced(loss))} on the values that it is captured with",
+                _definition(loss_fn),
+                "A program captured from such values could not be checked.",
+                "Check the batch and the parameters for NaN and infinity.",
+            )
+        )
+
+
+def _untraced(tensor: torch.Tensor) -> Any:
+    """Returns a copy of the value that no mode follows."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+        return torch.from_numpy(tensor.detach().to("cpu", torch.float64).numpy().copy())
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _definition(function: Callable[..., Any]) -> Any:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return user_source()
+    return f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno} in {code.co_name}"

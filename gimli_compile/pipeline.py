@@ -1,0 +1,36 @@
+"""The passes that every captured program goes through, in one column."""
+
+from __future__ import annotations
+
+from gimli_compile.checker import verify
+from gimli_compile.passes.detachment import reconnect_gradients
+from gimli_compile.passes.liveness import eliminate_dead_code
+from gimli_compile.passes.mutation import functionalize
+from gimli_compile.passes.redundancy import merge_common_subexpressions
+from gimli_compile.passes.singularity import guard_zeros
+from gimli_compile.program import Pass, Program, apply_passes
+from gimli_compile.slot import CARRIED
+
+LOSS_PASSES: tuple[Pass, ...] = (
+    functionalize,
+    reconnect_gradients,
+    merge_common_subexpressions,
+    eliminate_dead_code,
+)
+UPDATE_PASSES: tuple[Pass, ...] = (
+    functionalize,
+    reconnect_gradients,
+    eliminate_dead_code,
+    guard_zeros,
+    merge_common_subexpressions,
+    eliminate_dead_code,
+)
+
+
+def lower(program: Program, passes: tuple[Pass, ...]) -> Program:
+    """Applies the passes, each verified, and names the results."""
+    program = apply_passes(program, passes, verify)
+    for slot, node in zip(program.results, program.returned, strict=True):
+        if slot.role in CARRIED and node.op == "call_function" and not node.name.endswith("_next"):
+            node._rename(slot.result_name)
+    return program

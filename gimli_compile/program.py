@@ -1,0 +1,125 @@
+"""The one intermediate representation: an fx graph of aten operators between named, role-carrying slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from gimli_compile.printing import print_program, run_namespace
+from gimli_compile.slot import Role, Slot
+
+Pass = Callable[["Program"], "Program"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random draw that was lifted out of a program: the operator that makes it, from constant arguments only."""
+
+    target: Callable[..., torch.Tensor]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+
+    def __call__(self) -> torch.Tensor:
+        """Draws from the default generator, as the eager operator would."""
+        return self.target(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pure function of tensors.
+
+    `graph` holds one placeholder for each of `inputs`, in that order, and returns one value for each of `results`.
+    `constants` gives the tensors bound to inputs of role CONSTANT (held by reference, as the user's code holds them),
+    `draws` the samplers of inputs of role NOISE, drawn in this order. `functions` names callables other than aten
+    operators (custom autograd functions) that nodes call.
+    """
+
+    title: str
+    name: str
+    graph: fx.Graph
+    inputs: tuple[Slot, ...]
+    results: tuple[Slot, ...]
+    constants: Mapping[Slot, torch.Tensor] = field(default_factory=dict)
+    draws: Mapping[Slot, Draw] = field(default_factory=dict)
+    stage: str = "captured"
+
+    @cached_property
+    def code(self) -> str:
+        """The program as Python source; this text is what runs."""
+        return print_program(self)
+
+    @cached_property
+    def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The compiled text: takes one tensor for each of `inputs`, constants and draws included."""
+        namespace = run_namespace(self.graph)
+        exec(compile(self.code, f"<gimli_compile {self.name}>", "exec"), namespace)
+        return namespace[self.name]
+
+    def __call__(self, values: Mapping[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
+        """Runs on a mapping from slot to tensor; constants are filled in, and draws made unless they are given."""
+        outputs = self.function(*(self._bind(slot, values) for slot in self.inputs))
+        return dict(zip(self.results, outputs, strict=True))
+
+    def _bind(self, slot: Slot, values: Mapping[Slot, torch.Tensor]) -> torch.Tensor:
+        value = values.get(slot)
+        if value is not None:
+            return value
+        return self.constants[slot] if slot.role is Role.CONSTANT else self.draws[slot]()
+
+    def draw(self, drawn: dict[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
+        """Makes the draws that `drawn` lacks, adds them to it, and returns those of this program."""
+        for slot, draw in self.draws.items():
+            if slot not in drawn:
+                drawn[slot] = draw()
+        return {slot: drawn[slot] for slot in self.draws}
+
+    def __str__(self) -> str:
+        return self.code
+
+    def __repr__(self) -> str:
+        return f"Program({self.title!r}, {len(self.graph.nodes)} nodes)"
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes, in the order of `inputs`."""
+        return list(self.graph.find_nodes(op="placeholder"))
+
+    @property
+    def output(self) -> fx.Node:
+        """The node that returns."""
+        return next(iter(self.graph.find_nodes(op="output")))
+
+    @property
+    def returned(self) -> Sequence[fx.Node]:
+        """The nodes of the results, in the order of `results`."""
+        return self.output.args[0]  # type: ignore[return-value]
+
+    def node_of(self, slot: Slot) -> fx.Node:
+        """Returns the placeholder of an input slot."""
+        return self.placeholders[self.inputs.index(slot)]
+
+    def result_of(self, slot: Slot) -> fx.Node:
+        """Returns the node that a result slot returns."""
+        return self.returned[self.results.index(slot)]
+
+    def copy(self, **changes: object) -> Program:
+        """Returns a copy with a graph of its own, node names and meta kept, and the fields of `changes` replaced."""
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copied = env[node] = graph.node_copy(node, env.__getitem__)
+            copied.meta = dict(node.meta)
+        return replace(self, graph=graph, **changes)  # type: ignore[arg-type]
+
+
+def apply_passes(program: Program, passes: Sequence[Pass], check: Callable[[Program], None]) -> Program:
+    """Applies `passes` in order and checks the program after each."""
+    check(program)
+    for transform in passes:
+        program = transform(program)
+        check(program)
+    return program

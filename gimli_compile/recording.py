@@ -1,0 +1,377 @@
+"""Records every operator that reaches torch's dispatcher as a node of an fx graph, while it runs on real tensors."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.metadata import fake_like, operator_name
+from gimli_compile.program import Draw
+from gimli_compile.provenance import SourceLine, current_source, user_source
+from gimli_compile.slot import Role, Slot
+
+aten = torch.ops.aten
+
+HOST = 1  # the value follows from counters and hyperparameters alone
+DATA = 2  # the value depends on parameters, gradients, batches or draws
+_NOT_RECORDED = {aten.is_same_size.default}
+_BY_VALUE = {
+    aten.bernoulli.default,
+    aten.bernoulli.p,
+    aten.bernoulli_.Tensor,
+    aten.multinomial.default,
+    aten.normal.Tensor_float,
+    aten.normal.float_Tensor,
+    aten.normal.Tensor_Tensor,
+    aten.poisson.default,
+    aten.binomial.default,
+    aten._standard_gamma.default,
+    aten._sample_dirichlet.default,
+    aten.rrelu_with_noise.default,
+    aten.rrelu_with_noise_.default,
+}
+
+
+class Region(enum.Enum):
+    """Whose code is running, which decides what `detach` and `no_grad` mean."""
+
+    LOSS = "the model and the loss: a detach stops the gradient"
+    BACKWARD = "the inner backward pass: a detach is the framework's own"
+    OPTIMIZER = "the optimizer: a detach only says that eager training needs no graph"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition that held during capture: `node` is a 0-dim bool, `outcome` what it was."""
+
+    node: fx.Node
+    outcome: bool
+    source: SourceLine | None
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A number that entered the program as a constant, and the line that made it one."""
+
+    what: str
+    source: SourceLine | None
+
+    def __str__(self) -> str:
+        return f"{self.what} is a constant of the program\n  {self.source}"
+
+
+@dataclass(frozen=True)
+class _Like:
+    """Stands for a tensor argument of a draw, of which only the form matters."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+def _storage(tensor: torch.Tensor) -> Any:
+    """Returns what tensors of one memory have in common."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _draw(target: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    made_args, made_kwargs = tree_map_only(_Like, _Like.make, (args, kwargs))
+    return target(*made_args, **made_kwargs)
+
+
+class Recorder(TorchDispatchMode):
+    """A dispatch mode that turns what runs under it into a graph.
+
+    Tensors are known by identity. A tensor that nobody announced (`add_input`) and no recorded operator made is a
+    constant and becomes an input of role CONSTANT that is bound to that very tensor. `name` sets apart the constants
+    and draws of programs that are put together.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.graph = fx.Graph()
+        self.inputs: list[Slot] = []
+        self.constants: dict[Slot, torch.Tensor] = {}
+        self.draws: dict[Slot, Draw] = {}
+        self.guards: list[Guard] = []
+        self.baked: list[Baked] = []
+        self.region = Region.OPTIMIZER
+        self._nodes = WeakTensorKeyDictionary()
+        self._reach: dict[Any, int] = {}
+        self._forward_lines: dict[int, SourceLine | None] = {}
+        self._last_line: SourceLine | None = None
+        self._last_input: fx.Node | None = None
+        self._paused = False
+
+    # ------------------------------------------------------------------ inputs
+
+    def add_input(self, slot: Slot, tensor: torch.Tensor, reach: int) -> fx.Node:
+        """Announces a tensor as the input `slot`."""
+        with self._at_inputs():
+            node = self.graph.placeholder(slot.name)
+        self._last_input = node
+        self.inputs.append(slot)
+        node.meta.update(val=fake_like(tensor), source=None)
+        self._nodes[tensor] = node
+        self._reach[_storage(tensor)] = reach
+        return node
+
+    @contextmanager
+    def _at_inputs(self) -> Iterator[None]:
+        last = self._last_input
+        point = self.graph.inserting_before(None) if last is None else self.graph.inserting_after(last)
+        with point:
+            yield
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Tells whether a tensor is an input or was made by a recorded operator."""
+        return tensor in self._nodes
+
+    def _may_change(self, tensor: torch.Tensor) -> bool:
+        return self.knows(tensor) and not any(tensor is constant for constant in self.constants.values())
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """Returns the node of a tensor; an unknown tensor becomes a constant."""
+        node = self._nodes.get(tensor)
+        if node is None:
+            slot = Slot(Role.CONSTANT, f"{self.name}.{len(self.constants)}")
+            node = self.add_input(slot, tensor, 0)
+            self.constants[slot] = tensor
+        return node
+
+    def reach(self, tensor: torch.Tensor) -> int:
+        """Returns what a tensor's value depends on: a union of HOST and DATA, 0 for a constant."""
+        return self._reach.get(_storage(tensor), 0) if tensor in self._nodes else 0
+
+    # ------------------------------------------------------------------ operators
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Runs what is inside without recording it."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @contextmanager
+    def in_region(self, region: Region) -> Iterator[None]:
+        """Says whose code runs inside."""
+        before, self.region = self.region, region
+        try:
+            yield
+        finally:
+            self.region = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator and records it."""
+        kwargs = kwargs or {}
+        if self._paused or func.namespace == "profiler" or func in _NOT_RECORDED:
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        if func is aten.lift_fresh.default and not self.knows(args[0]):
+            return self._record_literal(args[0])
+        if torch.Tag.nondeterministic_seeded in func.tags and func is not aten.native_dropout.default:
+            return self._record_draw(func, args, kwargs)
+        if func is aten.native_dropout.default:
+            return self._record_dropout(*args)
+        return self._record(_with_declared_mutation(func, args), args, kwargs)
+
+    def _record_literal(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Records what `torch.tensor(...)` made: a number as itself, an array as a constant of its value now."""
+        if tensor.dim() == 0:
+            options = {"dtype": tensor.dtype, "device": tensor.device}
+            self.add_call(aten.full.default, ([], tensor.item()), options, tensor)
+            self._reach[_storage(tensor)] = 0
+        else:
+            self._nodes[tensor] = self.node_of(tensor.detach().clone())
+            self._reach[_storage(tensor)] = 0
+        return tensor
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        reach = 0
+        for tensor in tensors:
+            reach |= self.reach(tensor)
+        self._refuse(func, args, kwargs, reach)
+        node_args, node_kwargs = tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
+        shared = {_storage(tensor) for tensor in tensors}
+        out = func(*args, **kwargs)
+        self._spread(func, tensors, out, shared, reach)
+        if isinstance(out, (torch.Tensor, tuple, list)):
+            self.add_call(func, node_args, node_kwargs, out)
+        elif reach:
+            raise self._error_reads_value(func)
+        return out
+
+    def _spread(self, func: Any, tensors: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
+        """Notes what the results, and what an in-place operator wrote to, depend on: by storage, for views to know."""
+        for item in tree_leaves(out):
+            if isinstance(item, torch.Tensor) and _storage(item) not in shared:
+                self._reach[_storage(item)] = reach
+        if func._schema.is_mutable:
+            for tensor in tensors:
+                self._reach[_storage(tensor)] = self._reach.get(_storage(tensor), 0) | reach
+
+    def add_call(self, func: Any, args: Any, kwargs: Any, out: Any, *, override: bool = False) -> None:
+        """Adds the node of a call and ties its results to it; known results (in-place) stay tied unless `override`."""
+        node = self.graph.create_node("call_function", func, args, kwargs, name=operator_name(func))
+        node.meta.update(source=self._source(), stop=self._stops_gradient() and not override)
+        if isinstance(out, torch.Tensor):
+            node.meta["val"] = fake_like(out)
+            self._tie(out, node, override)
+            return
+        node.meta["val"] = tuple(fake_like(item) if isinstance(item, torch.Tensor) else item for item in out)
+        for index, item in enumerate(out):
+            if isinstance(item, torch.Tensor) and (override or not self.knows(item)):
+                part = self.graph.create_node("call_function", operator.getitem, (node, index), name=node.name)
+                part.meta.update(node.meta, val=node.meta["val"][index])
+                self._tie(item, part, override)
+
+    def _tie(self, tensor: torch.Tensor, node: fx.Node, override: bool) -> None:
+        if override or not self.knows(tensor):
+            self._nodes[tensor] = node
+
+    def _source(self) -> SourceLine | None:
+        backward = torch._C._current_autograd_node()
+        if backward is not None:
+            return self._forward_lines.get(backward._sequence_nr())
+        if self.region is Region.BACKWARD:
+            return self._last_line
+        source = self._last_line = current_source()
+        if torch.is_grad_enabled():
+            self._forward_lines[torch.autograd._get_sequence_nr() - 1] = source
+        return source
+
+    def _stops_gradient(self) -> bool:
+        in_backward = torch._C._current_autograd_node() is not None
+        return self.region is Region.LOSS and not torch.is_grad_enabled() and not in_backward
+
+    def mark_stop(self, tensor: torch.Tensor) -> None:
+        """Says that the user's code stops the gradient at this tensor."""
+        node = self._nodes.get(tensor)
+        if node is not None:
+            node.meta["stop"] = True
+
+    # ------------------------------------------------------------------ refusals
+
+    def _refuse(self, func: Any, args: Any, kwargs: Any, reach: int) -> None:
+        if not reach:
+            return
+        if func is aten._local_scalar_dense.default:
+            raise self._error_reads_value(func)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise CaptureError(
+                compose_message(
+                    f"`{func}` has a result whose shape depends on tensor values",
+                    user_source(),
+                    "A captured program has fixed shapes.",
+                    "Use a mask (`torch.where`) instead of selecting.",
+                )
+            )
+        schema = func._schema.arguments
+        for index, argument in enumerate(schema):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, torch.Tensor) and not self._may_change(tensor):
+                    raise CaptureError(
+                        compose_message(
+                            f"`{func._opname}` changes a tensor that is neither a parameter, a buffer nor state",
+                            user_source(),
+                            "A captured program is pure: what it changes must be one of its inputs.",
+                            "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
+                        )
+                    )
+
+    def _error_reads_value(self, func: Any) -> CaptureError:
+        where = "the model or the loss" if self.region is Region.LOSS else "the step"
+        return CaptureError(
+            compose_message(
+                f"{where} turns the value of a tensor into a Python value (`{func._opname}`)",
+                user_source(),
+                "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
+                "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch.",
+            )
+        )
+
+    # ------------------------------------------------------------------ randomness
+
+    def _record_draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        by_value = func in _BY_VALUE
+        if by_value and any(map(self.reach, tensors)):
+            raise CaptureError(
+                compose_message(
+                    f"`{func._opname}` draws from a distribution that depends on tensor values",
+                    user_source(),
+                    "A draw becomes an input of the program, so it cannot depend on what the program computes.",
+                    "Draw noise of a fixed distribution and transform it (the reparameterization of the draw).",
+                )
+            )
+
+        def keep(tensor: torch.Tensor) -> Any:
+            if by_value:
+                return tensor.detach().clone()
+            return _Like(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+        kept_args, kept_kwargs = tree_map_only(torch.Tensor, keep, (args, kwargs))
+        out = func(*args, **kwargs)
+        in_place = any(out is tensor for tensor in tensors)
+        self._add_draw(Draw(_draw, (func, *kept_args), kept_kwargs), out.detach().clone() if in_place else out, out)
+        return out
+
+    def _add_draw(self, draw: Draw, noise: torch.Tensor, out: torch.Tensor) -> None:
+        slot = Slot(Role.NOISE, f"{self.name}.{len(self.draws)}")
+        node = self.add_input(slot, noise, DATA)
+        self.draws[slot] = draw
+        self._reach[_storage(out)] = DATA
+        if out is not noise:
+            self.add_call(aten.copy_.default, (self.node_of(out), node), {}, out)
+
+    def _record_dropout(self, value: torch.Tensor, p: float, train: bool | None) -> Any:
+        """Records the fused dropout as a product with a drawn mask, which has every derivative."""
+        if train is False or p == 0.0:
+            return self._record(aten.mul.Tensor, (value, 1.0), {}), torch.ones_like(value, dtype=torch.bool)
+        form = _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
+        out, mask = aten.native_dropout.default(value, p, train)
+        self._add_draw(Draw(_draw_mask, (form, p)), mask, mask)
+        scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+        masked = self.graph.create_node(
+            "call_function", aten.mul.Tensor, (self.node_of(value), self.node_of(mask)), {}, name="mul"
+        )
+        masked.meta.update(val=fake_like(out), source=self._source(), stop=False)
+        self._reach[_storage(out)] = DATA
+        self.add_call(aten.mul.Tensor, (masked, scale), {}, out)
+        return out, mask
+
+
+def _draw_mask(form: _Like, p: float) -> torch.Tensor:
+    return aten.native_dropout.default(form.make().fill_(1), p, True)[1]
+
+
+def _with_declared_mutation(func: Any, args: Any) -> Any:
+    """Replaces batch normalization, which changes its running statistics unannounced, by the form that says so."""
+    if func is aten.native_batch_norm.default and args[5] and args[3] is not None:
+        return aten._native_batch_norm_legit.default
+    return func

@@ -1,0 +1,173 @@
+"""Rewrites calls of torch functions that take concolic numbers into arithmetic with 0-dim tensors.
+
+A 0-dim float64 tensor takes part in arithmetic exactly as a Python float does as long as a floating tensor with
+dimensions is present: the result keeps that tensor's dtype, and reduced precisions compute in float32. Where there is
+none, and in the few operators that want equal dtypes, the number is cast first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gimli_compile.concolic import IntNumber, Number, bake
+
+if TYPE_CHECKING:
+    from gimli_compile.interception import Interception
+
+Tensor = torch.Tensor
+_REDUCED = (torch.bfloat16, torch.float16)
+_ELEMENTWISE = frozenset(
+    "add sub subtract rsub mul multiply div divide true_divide rdiv rtruediv floor_divide floordiv rfloordiv pow rpow "
+    "float_power remainder mod rmod fmod truediv "
+    "radd rmul iadd isub imul idiv itruediv ifloordiv ipow imod atan2 copysign hypot maximum minimum fmax fmin "
+    "eq ne lt le gt ge not_equal greater greater_equal less less_equal where masked_fill fill xlogy logaddexp "
+    "setitem index_fill heaviside nextafter".split()
+)
+_SAME_DTYPE = frozenset("lerp clamp clip clamp_min clamp_max".split())
+_SCALED = {"add": "alpha", "sub": "alpha", "subtract": "alpha", "addcmul": "value", "addcdiv": "value"}
+_PRODUCTS = frozenset("addmm addmv addbmm baddbmm addr".split())
+
+
+def call_with_numbers(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls `func` so that every concolic number among its arguments stays an input of the program."""
+    name = getattr(func, "__name__", str(func)).strip("_")
+    with mode:
+        if name in _PRODUCTS:
+            return _call_product(func, name, list(args), dict(kwargs))
+        if name in _SCALED:
+            args, kwargs = _unscramble(name, list(args), dict(kwargs))
+            if isinstance(kwargs.get(_SCALED[name]), (Number, Tensor)):
+                return _call_scaled(func, name, args, kwargs)
+        if name in _SAME_DTYPE:
+            return _call_same_dtype(func, list(args), dict(kwargs))
+        if name in _ELEMENTWISE:
+            like = _floating_operand(args, kwargs)
+            convert = _converter(like)
+            return func(*(_convert(arg, convert) for arg in args), **{k: _convert(v, convert) for k, v in kwargs.items()})
+    return _call_baked(mode, func, args, kwargs)
+
+
+def has_tensor_scale(name: str, args: Any, kwargs: Any) -> bool:
+    """Tells whether a call has a 0-dim tensor as `alpha` or `value`, which torch would turn into a plain number."""
+    key = _SCALED.get(name.strip("_"))
+    return key is not None and (isinstance(kwargs.get(key), Tensor) or len(args) > (2 if key == "alpha" else 3))
+
+
+def operand(number: Number | Tensor, like: Tensor) -> Tensor:
+    """Returns the tensor of a number, ready for arithmetic with `like`."""
+    if isinstance(number, Tensor):
+        return number.to(device=like.device, dtype=like.dtype) if like.dim() == 0 else number
+    tensor = number.tensor
+    floating = like.is_floating_point() or like.is_complex()
+    if floating and like.dim() > 0 and tensor.dim() == 0:
+        return tensor
+    plain = number.plain
+    dtype = torch.result_type(like.new_empty((1,) * like.dim()), plain) if not floating else like.dtype
+    return tensor.to(device=like.device, dtype=dtype)
+
+
+def _floating_operand(args: Any, kwargs: Any) -> Tensor | None:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors.sort(key=lambda tensor: (tensor.is_floating_point(), tensor.dim() > 0), reverse=True)
+    return tensors[0] if tensors else None
+
+
+def _converter(like: Tensor | None) -> Callable[[Number], Tensor]:
+    return (lambda number: number.tensor) if like is None else (lambda number: operand(number, like))
+
+
+def _convert(value: Any, convert: Callable[[Number], Tensor]) -> Any:
+    if isinstance(value, Number):
+        return convert(value)
+    if isinstance(value, (list, tuple)):
+        return tree_map(lambda leaf: bake(leaf, "a number used as an index") if isinstance(leaf, Number) else leaf, value)
+    return value
+
+
+def _cast(number: Number, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return number.tensor.to(device=like.device, dtype=dtype)
+
+
+# ---------------------------------------------------------------------- scaled operands
+
+
+def _unscramble(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Brings the positional and the deprecated forms (`add_(alpha, other)`) to the keyword form."""
+    operands = 2 if _SCALED[name] == "alpha" else 3
+    key = _SCALED[name]
+    if len(args) == operands + 1:
+        scale = args.pop(1) if isinstance(args[-1], Tensor) and not isinstance(args[1], Tensor) else args.pop()
+        kwargs[key] = scale
+    return args, kwargs
+
+
+def _call_scaled(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """`add(x, y, alpha=a)` and `addcdiv(x, y, z, value=a)`: the number multiplies the second operand."""
+    scale = kwargs.pop(_SCALED[name])
+    target, first = args[0], args[1]
+    if not isinstance(first, Tensor):
+        return func(target, scale * first if not isinstance(first, Number) else first * scale, **kwargs)
+    if target.dtype in _REDUCED:
+        wide = [arg.to(torch.float32) for arg in args]
+        wide[1] = wide[1] * operand(scale, wide[1])
+        return _finish(func, target, getattr(torch, name)(*wide).to(target.dtype), kwargs)
+    return func(target, first * operand(scale, first), *args[2:], **kwargs)
+
+
+def _finish(func: Any, target: Tensor, result: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Puts a result where `func` would have put it."""
+    if kwargs.get("out") is not None:
+        return kwargs["out"].copy_(result)
+    name = func.__name__
+    in_place = name.endswith("_") and not name.endswith("__")
+    return target.copy_(result) if in_place else result
+
+
+def _call_product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """`beta * input + alpha * (a @ b)`."""
+    beta, alpha = kwargs.pop("beta", 1), kwargs.pop("alpha", 1)
+    target, left, right = args
+    multiply = {"addmm": torch.mm, "addmv": torch.mv, "addr": torch.outer}.get(name, torch.bmm)
+    product = multiply(left, right)
+    if name == "addbmm":
+        product = product.sum(0)
+    return _finish(func, target, target * beta + product * alpha, kwargs)
+
+
+# ---------------------------------------------------------------------- operators that want equal dtypes
+
+
+def _call_same_dtype(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    target = args[0]
+    wide = torch.float32 if target.dtype in _REDUCED else target.dtype
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Number):
+            return _cast(value, target, wide)
+        if isinstance(value, Tensor):
+            return value.to(wide) if value.is_floating_point() else value
+        return torch.full((), value, dtype=wide, device=target.device) if isinstance(value, (int, float)) else value
+
+    name = func.__name__.strip("_")
+    result = getattr(torch, name)(*map(convert, args), **{key: convert(value) for key, value in kwargs.items()})
+    return _finish(func, target, result.to(target.dtype), {})
+
+
+# ---------------------------------------------------------------------- everything else
+
+
+def _call_baked(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function that has no tensor form of its number: ints are pinned, floats pinned and reported."""
+    what = f"a number passed to `{getattr(func, '__name__', func)}`"
+
+    def pin(leaf: Any) -> Any:
+        if isinstance(leaf, IntNumber):
+            return bake(leaf, what)
+        return bake(leaf, what) if isinstance(leaf, Number) else leaf
+
+    return mode.call(func, tree_map(pin, args), tree_map(pin, kwargs))
+

@@ -1,0 +1,50 @@
+"""Slots: the frozen, named meaning of every input and result of a program."""
+
+from __future__ import annotations
+
+import enum
+import keyword
+import re
+from dataclasses import dataclass
+
+
+class Role(enum.Enum):
+    """What an input or result of a program is to the training loop."""
+
+    PARAM = "params"
+    BUFFER = "buffers"
+    GRAD = "grads"
+    STATE = "state"
+    HYPER = "hyper"
+    BATCH = "batch"
+    META = "meta"
+    NOISE = "noise"
+    CONSTANT = "constant"
+    LOSS = "loss"
+    OUTPUT = "output"
+    GUARD = "guard"
+
+
+CARRIED = (Role.PARAM, Role.BUFFER, Role.STATE)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input or result: its role and its path within that role, such as `state` and `0.weight.exp_avg`."""
+
+    role: Role
+    path: str = ""
+
+    @property
+    def name(self) -> str:
+        """A Python identifier made of role and path."""
+        text = re.sub(r"\W+", "_", f"{self.role.value}_{self.path}").strip("_")
+        return text + "_" if keyword.iskeyword(text) else text
+
+    @property
+    def result_name(self) -> str:
+        """The identifier of this slot's new value."""
+        return f"{self.name}_next" if self.role in CARRIED else self.name
+
+    def __str__(self) -> str:
+        return f"{self.role.value}[{self.path}]" if self.path else self.role.value

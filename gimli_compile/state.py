@@ -1,0 +1,179 @@
+"""What flows through a training loop: the train state and the hyperparameters, as pytrees of ordinary tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gimli_compile.snapshot import GROUPS, Again, Container, Leaf, Skeleton, Value
+
+Tensors = dict[str, torch.Tensor]
+
+
+class OptState(Mapping[str, torch.Tensor]):
+    """An optimizer's state: a mapping from path (`0.weight.exp_avg`, `groups.0.step`) to tensor.
+
+    Numbers are 0-dim tensors (int64 for ints, float64 for floats). The structure around them, flags included, is part
+    of the pytree's structure, so that two states of different structure are never mixed up.
+    """
+
+    def __init__(self, skeleton: Skeleton, values: Tensors) -> None:
+        self.skeleton = skeleton
+        self.values_by_path = values
+
+    def __getitem__(self, path: str) -> torch.Tensor:
+        return self.values_by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_path)
+
+    def __len__(self) -> int:
+        return len(self.values_by_path)
+
+    def __repr__(self) -> str:
+        return f"OptState({self.values_by_path!r})"
+
+
+@dataclass
+class TrainState:
+    """Parameters and buffers by name as the model names them, and the optimizer's state. A pytree."""
+
+    params: Tensors
+    buffers: Tensors
+    opt_state: OptState
+
+
+class Hyperparameters:
+    """The numbers that the optimizer reads and never changes. A pytree.
+
+    `hyper[i]` belongs to parameter group i: `{"lr": f64[], "betas": (f64[], f64[])}`. `attributes` holds numbers found
+    on the optimizer object itself, by path. `modules` holds parameters of modules that the optimizer owns, by path.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], attributes: Tensors, modules: Tensors | None = None) -> None:
+        self.groups = groups
+        self.attributes = attributes
+        self.modules = {} if modules is None else modules
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.groups[index]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.groups)
+
+    def __repr__(self) -> str:
+        extra = f", attributes={self.attributes!r}" if self.attributes else ""
+        return f"Hyperparameters({self.groups!r}{extra})"
+
+    def by_path(self) -> dict[str, Any]:
+        """Returns the leaves by path, as `groups.0.lr` or `config.decay`."""
+        found: dict[str, Any] = {}
+        for index, group in enumerate(self.groups):
+            _collect(group, f"groups.{index}", found)
+        found.update(self.attributes)
+        found.update(self.modules)
+        return found
+
+
+def _collect(value: Any, path: str, found: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _collect(item, f"{path}.{key}", found)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _collect(item, f"{path}.{index}", found)
+    elif value is not None and not isinstance(value, (bool, str)):
+        found[path] = value
+
+
+def to_tensor(value: Value, kind: str) -> torch.Tensor:
+    """Returns a detached copy of a value as it is kept in states: int64 for ints, float64 for floats."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return torch.tensor(value, dtype=torch.int64 if kind == "int" else torch.float64)
+
+
+def hyper_tensor(value: Value) -> torch.Tensor:
+    """Returns a hyperparameter as a tensor: numbers become float64, ints included, so that all are differentiable."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(float(value), dtype=torch.float64)
+
+
+def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths: set[str]) -> Hyperparameters:
+    """Builds the pytree of the hyperparameters at `paths` from the skeleton of an optimizer."""
+    containers: dict[int, Container] = {}
+    groups = _child(skeleton.root, GROUPS)
+
+    def convert(part: Any) -> Any:
+        if isinstance(part, Leaf):
+            return hyper_tensor(values[part.path]) if part.path in paths else None
+        if isinstance(part, Again):
+            part = containers[part.index]
+        if not isinstance(part, Container):
+            return part
+        containers[part.index] = part
+        if not _holds(part, paths):
+            return None
+        return part.make([(key, convert(item)) for key, item in part.items])
+
+    made = []
+    for _, group in groups.items if groups is not None else ():
+        entries = {key: convert(item) for key, item in group.items if key != "params" and _holds(item, paths)}
+        made.append(entries)
+    attributes = {path: hyper_tensor(values[path]) for path in sorted(paths) if not path.startswith("groups.")}
+    return Hyperparameters(made, attributes)
+
+
+def _child(root: Any, name: str) -> Container | None:
+    return next((item for key, item in root.items if key == name), None)
+
+
+def _holds(part: Any, paths: set[str]) -> bool:
+    if isinstance(part, Leaf):
+        return part.path in paths
+    return isinstance(part, Container) and any(_holds(item, paths) for _, item in part.items)
+
+
+def _register(kind: type, flatten: Callable[[Any], Any], unflatten: Callable[..., Any], keys: Any) -> None:
+    pytree.register_pytree_node(
+        kind, flatten, unflatten, flatten_with_keys_fn=keys, serialized_type_name=f"gimli_compile.{kind.__name__}"
+    )
+
+
+def _flatten_opt_state(state: OptState) -> tuple[list[Any], Any]:
+    return list(state.values_by_path.values()), (state.skeleton, tuple(state.values_by_path))
+
+
+def _unflatten_opt_state(values: Any, context: Any) -> OptState:
+    skeleton, paths = context
+    return OptState(skeleton, dict(zip(paths, values, strict=True)))
+
+
+def _opt_state_keys(state: OptState) -> Any:
+    pairs = [(pytree.MappingKey(path), value) for path, value in state.values_by_path.items()]
+    return pairs, _flatten_opt_state(state)[1]
+
+
+def _attribute_keys(*names: str) -> Callable[[Any], Any]:
+    return lambda value: ([(pytree.GetAttrKey(name), getattr(value, name)) for name in names], None)
+
+
+_register(OptState, _flatten_opt_state, _unflatten_opt_state, _opt_state_keys)
+_register(
+    TrainState,
+    lambda state: ([state.params, state.buffers, state.opt_state], None),
+    lambda values, _: TrainState(*values),
+    _attribute_keys("params", "buffers", "opt_state"),
+)
+_register(
+    Hyperparameters,
+    lambda hyper: ([hyper.groups, hyper.attributes, hyper.modules], None),
+    lambda values, _: Hyperparameters(*values),
+    _attribute_keys("groups", "attributes", "modules"),
+)

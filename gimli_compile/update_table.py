@@ -1,0 +1,160 @@
+"""The captured variants of an optimizer's update, found by the form of the inputs and the guards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, made_up_gradient
+from gimli_compile.recording import Baked
+from gimli_compile.slot import Role, Slot
+from gimli_compile.state import OptState, TrainState
+from gimli_compile.transforms import is_differentiated, is_zero, outside_transforms, representatives
+from gimli_compile.update_capture import capture_update
+from gimli_compile.validation import validate, warn_of_baked
+from gimli_compile.variant import UpdateVariant
+from gimli_compile.zero_branches import lift_zeros
+
+_MOST_MISSES = 8
+
+
+class UpdateTable:
+    """Runs updates; captures a variant where none holds."""
+
+    def __init__(self, view: OptimizerView, title: str) -> None:
+        self.view = view
+        self.title = title
+        self._variants: dict[Any, list[UpdateVariant]] = {}
+
+    @property
+    def variants(self) -> list[UpdateVariant]:
+        """All variants, in the order of capture."""
+        return [variant for group in self._variants.values() for variant in group]
+
+    def example(self, state: TrainState, hyper: dict[str, torch.Tensor], trained: list[str]) -> None:
+        """Captures the first and the second update, with made-up gradients."""
+        generator = torch.Generator().manual_seed(0)
+        params, opt_state = state.params, state.opt_state
+        with torch.no_grad(), torch.random.fork_rng():
+            for _ in range(2):
+                grads = {name: made_up_gradient(params[name], generator) for name in trained}
+                params, opt_state = self.run(UpdateInputs(params, grads, opt_state, hyper))
+
+    def used_hyperparameters(self) -> set[str]:
+        """Returns the paths of the hyperparameters that some captured variant uses."""
+        used: set[str] = set()
+        for variant in self.variants:
+            for program in (variant.program, variant.decide):
+                pairs = zip(program.inputs, program.placeholders, strict=True) if program is not None else ()
+                used |= {slot.path for slot, node in pairs if slot.role is Role.HYPER and node.users}
+        return used
+
+    def run(self, inputs: UpdateInputs) -> tuple[dict[str, torch.Tensor], OptState]:
+        """Returns the new parameters and the new state."""
+        values = inputs.by_slot()
+        zeros = frozenset(p for p, value in inputs.hyper.items() if is_differentiated(value) and is_zero(value))
+        refused: list[UpdateVariant] = []
+        for _ in range(_MOST_MISSES):
+            variant = self.variant_for(inputs, values, zeros, refused)
+            results = variant.program({**values, **variant.program.draw(inputs.draws)})
+            if variant.held(results):
+                return _assemble(inputs, variant, results)
+            refused.append(variant)
+        raise CaptureError(
+            compose_message(
+                f"the conditions on tensor values in `{type(self.view.optimizer).__name__}.step` do not settle",
+                None,
+                "A program captured from these very values computes other outcomes than the step itself.",
+                "A comparison lies within rounding; perturb the inputs or use float64.",
+            )
+        )
+
+    def variant_for(
+        self,
+        inputs: UpdateInputs,
+        values: dict[Slot, torch.Tensor],
+        zeros: frozenset[str],
+        refused: list[UpdateVariant],
+    ) -> UpdateVariant:
+        """Returns a variant that holds before the step, capturing one if there is none."""
+        group = self._variants.setdefault(signature(inputs), [])
+        for variant in group:
+            if variant not in refused and variant.holds(values, zeros):
+                return variant
+        with torch.random.fork_rng():
+            captured = self._capture(representatives_of(inputs), zeros)
+        group.append(captured)
+        warn_of_baked(captured.baked)
+        return captured
+
+    def _capture(self, inputs: UpdateInputs, zeros: frozenset[str]) -> UpdateVariant:
+        with outside_transforms():
+            variant = validate(self.view, inputs, capture_update(self.view, inputs, self.title))
+            guarded = frozenset(_guarded(variant) & zeros)
+            if not guarded:
+                return replace(variant, relaxed=zeros)
+            lifted = lift_zeros(self.view, inputs, variant, guarded, self.title)
+            if lifted is not None:
+                return replace(lifted, relaxed=zeros)
+            return replace(variant, relaxed=zeros, baked=(*variant.baked, *map(_lost_at_zero, sorted(guarded))))
+
+
+def _guarded(variant: UpdateVariant) -> set[str]:
+    """Returns the hyperparameters that a condition of the variant speaks of."""
+    return {slot.path for slot in variant.decide.inputs} if variant.decide is not None else set()
+
+
+def _lost_at_zero(path: str) -> Baked:
+    return Baked(
+        f"hyper[{path}] is 0, where the step takes a branch of its own: its derivative there is that of this branch", None
+    )
+
+
+def _assemble(
+    inputs: UpdateInputs, variant: UpdateVariant, results: dict[Slot, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], OptState]:
+    params = dict(inputs.params)
+    state: dict[str, torch.Tensor] = {}
+    for slot, value in results.items():
+        if slot.role is Role.PARAM:
+            params[slot.path] = value
+        elif slot.role is Role.STATE:
+            state[slot.path] = value
+    return params, OptState(variant.skeleton, state)
+
+
+def representatives_of(inputs: UpdateInputs) -> UpdateInputs:
+    """Returns plain tensors in place of those that torch.func wrapped."""
+    params, grads, state, hyper = representatives(
+        (dict(inputs.params), dict(inputs.grads), dict(inputs.opt_state), dict(inputs.hyper))
+    )
+    return UpdateInputs(params, grads, OptState(inputs.opt_state.skeleton, state), hyper)
+
+
+def signature(inputs: UpdateInputs) -> Any:
+    """Returns what a variant is captured for: structures, forms, and which tensors are one and the same."""
+    state, hyper = inputs.opt_state.values_by_path, inputs.hyper
+    return (
+        inputs.opt_state.skeleton,
+        tuple((name, form(value)) for name, value in inputs.params.items()),
+        tuple((name, value is None or form(value)) for name, value in inputs.grads.items()),
+        tuple(map(form, state.values())),
+        tuple(map(form, hyper.values())),
+        partition([*inputs.grads.values()]),
+        partition([*state.values()]),
+        partition([*hyper.values()]),
+    )
+
+
+def form(value: torch.Tensor) -> Any:
+    """Returns shape, dtype and device."""
+    return value.shape, value.dtype, value.device
+
+
+def partition(values: list[Any]) -> tuple[int, ...]:
+    """Returns, for each value, the position of the first that is the same object."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(value), index) for index, value in enumerate(values))

@@ -1,0 +1,183 @@
+"""Checks a captured update against the optimizer's own code: at the captured values, and at other numbers.
+
+A number that escaped the capture (through code that no interception sees) makes the program differ from eager once the
+number changes. So each number is changed a little, and both run: what differs is pinned and reported.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
+from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
+from gimli_compile.recording import Baked
+from gimli_compile.slot import Role, Slot
+from gimli_compile.snapshot import leaves_of
+from gimli_compile.state import to_tensor
+from gimli_compile.variant import UpdateVariant
+
+_STEP = 0.01
+_ROUNDINGS = 256
+
+
+def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> UpdateVariant:
+    """Returns the variant with every number pinned that eager depends on and the program does not.
+
+    Raises CaptureError if the program does not reproduce the optimizer's step on the very values of the capture.
+    """
+    expected = eager_results(view, inputs)
+    found = _differing(variant, inputs, expected, scale=None)
+    if found:
+        raise _not_reproduced(view, found)
+    numbers = _numbers(variant, inputs)
+    if not numbers or not _escaped(view, inputs, variant, numbers, expected):
+        return variant
+    escaped = [slot for slot in numbers if _escaped(view, inputs, variant, [slot], expected)]
+    values = inputs.by_slot()
+    pins = dict(variant.pins)
+    baked = list(variant.baked)
+    for slot in escaped:
+        pins[slot] = float(values[slot])
+        baked.append(Baked(f"{slot} (the step depends on it in a way that the capture did not see)", None))
+    return replace(variant, pins=pins, baked=tuple(baked))
+
+
+def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
+    """Tells whether the program gives the optimizer's own results on these values.
+
+    State that the eager step leaves alone or does not have is not compared: at a momentum of exactly zero the buffer
+    that the program keeps is dead weight in eager.
+    """
+    before = inputs.by_slot()
+    eager = eager_results(view, inputs)
+    touched = {s: value for s, value in eager.items() if s.role is Role.PARAM or not _is_same(value, before.get(s))}
+    return not _differing(variant, inputs, touched, scale=None)
+
+
+def _is_same(value: torch.Tensor, before: torch.Tensor | None) -> bool:
+    return before is not None and value.shape == before.shape and torch.equal(value, before.to(value.dtype))
+
+
+def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
+    """Runs the optimizer's own step and returns its results by slot."""
+    with _same_draws(), torch.no_grad():
+        outputs = view.replay(inputs)
+    found = {Slot(Role.PARAM, name): value.detach() for name, value in outputs.params.items()}
+    for leaf in leaves_of(outputs.skeleton):
+        found[Slot(Role.STATE, leaf.path)] = to_tensor(outputs.values[leaf.path], leaf.kind)
+    return found
+
+
+def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
+    """Runs the program from the same draws as `eager_results`."""
+    with _same_draws(), torch.no_grad():
+        return variant.program(inputs.by_slot())
+
+
+def _same_draws() -> torch.random.fork_rng:  # type: ignore[name-defined]
+    return torch.random.fork_rng()
+
+
+def _differing(
+    variant: UpdateVariant,
+    inputs: UpdateInputs,
+    expected: Mapping[Slot, torch.Tensor],
+    scale: Mapping[Slot, torch.Tensor] | None,
+) -> list[Slot]:
+    results = program_results(variant, inputs)
+    return [
+        slot
+        for slot, value in results.items()
+        if slot in expected and not _close(value, expected[slot], None if scale is None else scale[slot])
+    ]
+
+
+def _close(value: torch.Tensor, expected: torch.Tensor, change: torch.Tensor | None) -> bool:
+    """Compares up to rounding, or up to a part of the `change` that the eager result itself made."""
+    if value.shape != expected.shape:
+        return False
+    precision = max((t.dtype for t in (value, expected) if t.is_floating_point()), key=_eps, default=torch.float64)
+    value, expected = value.detach().to(torch.float64), expected.to(torch.float64)
+    if value.numel() == 0 or torch.equal(value, expected):
+        return True
+    same = (value == expected) | (value.isnan() & expected.isnan())
+    difference = torch.where(same, 0.0, (value - expected).abs())
+    finite = torch.where(expected.isfinite(), expected.abs(), 0.0)
+    allowed = finite.max() * _ROUNDINGS * torch.finfo(precision).eps
+    if change is not None:
+        allowed = allowed + 1e-2 * change.abs().max()
+    return bool(difference.max() <= allowed)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _numbers(variant: UpdateVariant, inputs: UpdateInputs) -> list[Slot]:
+    """Returns the floating numbers among the inputs that are not pinned already."""
+    found = []
+    for leaf in leaves_of(inputs.opt_state.skeleton):
+        slot = Slot(inputs.role_of(leaf), leaf.path)
+        if leaf.kind == "float" and slot not in variant.pins:
+            found.append(slot)
+    return found
+
+
+def _escaped(
+    view: OptimizerView,
+    inputs: UpdateInputs,
+    variant: UpdateVariant,
+    slots: Iterable[Slot],
+    base: Mapping[Slot, torch.Tensor],
+) -> bool:
+    """Tells whether eager and program part when these numbers change."""
+    changed = perturbed(inputs, set(slots))
+    if not variant.holds(changed.by_slot(), frozenset()):
+        return False
+    try:
+        expected = eager_results(view, changed)
+    except CaptureError:
+        return False
+    results = program_results(variant, changed)
+    if not variant.held(results):
+        return False
+    change = {slot: _finite_change(expected[slot], base[slot]) for slot in results if slot in expected and slot in base}
+    return any(slot in change and not _close(value, expected[slot], change[slot]) for slot, value in results.items())
+
+
+def _finite_change(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    change = after.to(torch.float64) - before.to(torch.float64)
+    return torch.where(change.isfinite(), change, 0.0) if change.numel() else change.new_zeros(1)
+
+
+def perturbed(inputs: UpdateInputs, slots: set[Slot]) -> UpdateInputs:
+    """Returns inputs in which these numbers are a little different."""
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        return torch.where(value == 0, _STEP, value * (1 - _STEP)).to(value.dtype)
+
+    hyper = {p: change(v) if Slot(Role.HYPER, p) in slots else v for p, v in inputs.hyper.items()}
+    state = {p: change(v) if Slot(Role.STATE, p) in slots else v for p, v in inputs.opt_state.items()}
+    return replace(inputs, hyper=hyper, opt_state=type(inputs.opt_state)(inputs.opt_state.skeleton, state))
+
+
+def _not_reproduced(view: OptimizerView, slots: list[Slot]) -> CaptureError:
+    name = type(view.optimizer).__name__
+    return CaptureError(
+        compose_message(
+            f"the program captured from `{name}.step` does not give its results: {', '.join(map(str, slots[:4]))} differ",
+            None,
+            "The step uses something that the capture could not follow.",
+            "Please report the optimizer; its own step in eager mode is not affected.",
+        )
+    )
+
+
+def warn_of_baked(baked: Iterable[Baked]) -> None:
+    """Warns of every number that became a constant."""
+    for entry in baked:
+        warnings.warn(str(entry), BakedValueWarning, stacklevel=3)

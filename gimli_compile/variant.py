@@ -1,0 +1,94 @@
+"""Variants: one captured update for each structure of the state and each outcome of the guards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
+from gimli_compile.program import Program
+from gimli_compile.recording import Baked
+from gimli_compile.slot import Role, Slot
+from gimli_compile.snapshot import Skeleton
+from gimli_compile.transforms import is_everywhere
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One guard of a variant: the result slot that computes it, what it must be, and its text."""
+
+    slot: Slot
+    outcome: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text if self.outcome else f"not ({self.text})"
+
+
+@dataclass(frozen=True)
+class UpdateVariant:
+    """A program for one update, the structure of the state that it makes, and when it holds.
+
+    `decide` computes the conditions that follow from counters and hyperparameters, before the step; `after` are
+    conditions on tensor values, which the program itself computes and which are checked after the step. `pins` are
+    numbers that the program holds as constants. `relaxed` are hyperparameters at whose zero the program is right too.
+    """
+
+    program: Program
+    skeleton: Skeleton
+    before: tuple[Condition, ...]
+    after: tuple[Condition, ...]
+    decide: Program | None
+    pins: Mapping[Slot, float] = field(default_factory=dict)
+    relaxed: frozenset[str] = frozenset()
+    baked: tuple[Baked, ...] = ()
+
+    def holds(self, values: Mapping[Slot, torch.Tensor], zeros: frozenset[str]) -> bool:
+        """Tells, before the step, whether this variant is right for these values.
+
+        `zeros` are the hyperparameters that are exactly zero and differentiated.
+        """
+        if not zeros <= self.relaxed:
+            return False
+        if any(not _is_pinned(values[slot], pin) for slot, pin in self.pins.items()):
+            return False
+        if self.decide is None:
+            return True
+        with torch.no_grad():
+            found = self.decide(values)
+        return all(is_everywhere(found[condition.slot], condition.outcome) for condition in self.before)
+
+    def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
+        """Tells, after the step, whether the conditions on tensor values held."""
+        return all(is_everywhere(results[condition.slot].detach(), condition.outcome) for condition in self.after)
+
+    @property
+    def guards(self) -> tuple[str, ...]:
+        """The conditions as text."""
+        pins = tuple(f"{slot.name} == {value:g}" for slot, value in self.pins.items())
+        return tuple(map(str, (*self.before, *self.after))) + pins
+
+
+def _is_pinned(value: torch.Tensor, pin: float) -> bool:
+    return is_everywhere(value == pin, True)
+
+
+
+
+def split_guards(program: Program, before: list[Condition]) -> tuple[Program, Program | None]:
+    """Returns the program without the conditions that are decided before it runs, and the program that decides them."""
+    decided = {condition.slot for condition in before}
+    keep = [index for index, slot in enumerate(program.results) if slot not in decided]
+    main = eliminate_dead_code(restrict_results(program, keep))
+    if not before:
+        return main, None
+    indices = [index for index, slot in enumerate(program.results) if slot in decided]
+    decide = drop_unused_inputs(eliminate_dead_code(restrict_results(program, indices)))
+    return main, decide
+
+
+def result_paths(program: Program, role: Role) -> dict[str, Slot]:
+    """Returns the result slots of a role, by path."""
+    return {slot.path: slot for slot in program.results if slot.role is role}

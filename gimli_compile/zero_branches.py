@@ -1,0 +1,95 @@
+"""Hyperparameters that are exactly zero, where optimizers skip what the zero would make vanish.
+
+`if weight_decay != 0:` takes another branch at zero, and a program of that branch does not know the weight decay. Where
+the branch that non-zero values take is the same function at zero, a program of it is right at zero as well, and has the
+derivative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from gimli_compile.errors import CaptureError
+from gimli_compile.metadata import insert_call
+from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
+from gimli_compile.program import Program
+from gimli_compile.slot import Role, Slot
+from gimli_compile.update_capture import ancestors, capture_update
+from gimli_compile.validation import perturbed, reproduces, validate
+from gimli_compile.variant import UpdateVariant, split_guards
+
+_SENTINEL = 0.01
+
+
+def lift_zeros(
+    view: OptimizerView, inputs: UpdateInputs, plain: UpdateVariant, paths: frozenset[str], title: str
+) -> UpdateVariant | None:
+    """Returns the variant that non-zero values of `paths` take, if it is the same function at zero; else None.
+
+    `plain` is the variant captured at zero. A number that the step ignores at zero but not beside it (a dampening
+    without momentum) gets no gradient and is pinned to its value: at zero its derivative is zero.
+    """
+    moved = replace(
+        inputs, hyper={p: torch.full_like(v, _SENTINEL) if p in paths else v for p, v in inputs.hyper.items()}
+    )
+    try:
+        variant = validate(view, moved, capture_update(view, moved, title))
+    except CaptureError:
+        return None
+    variant = _without_guards_on(variant, paths)
+    if not variant.holds(inputs.by_slot(), frozenset()) or not reproduces(view, inputs, variant):
+        return None
+    ignored = _ignored_at_zero(view, inputs, variant, paths)
+    if any(slot in _used(plain.program) for slot in ignored):
+        return None
+    values = inputs.by_slot()
+    pins = {**variant.pins, **{slot: float(values[slot]) for slot in ignored}}
+    return replace(variant, program=_cut(variant.program, ignored), pins=pins)
+
+
+def _ignored_at_zero(
+    view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant, paths: frozenset[str]
+) -> list[Slot]:
+    """Returns the hyperparameters in which eager and the variant part once they change."""
+    found = []
+    for slot in sorted(_used(variant.program), key=str):
+        if slot.role is Role.HYPER and slot.path not in paths:
+            changed = perturbed(inputs, {slot})
+            if variant.holds(changed.by_slot(), frozenset()) and not reproduces(view, changed, variant):
+                found.append(slot)
+    return found
+
+
+def _used(program: Program) -> set[Slot]:
+    return {slot for slot, node in zip(program.inputs, program.placeholders, strict=True) if node.users}
+
+
+def _cut(program: Program, slots: list[Slot]) -> Program:
+    """Stops the gradient at some inputs."""
+    copied = program.copy()
+    for slot in slots:
+        node = copied.node_of(slot)
+        users = list(node.users)
+        with copied.graph.inserting_before(copied.placeholders[-1].next):
+            stop = insert_call(copied.graph, torch.ops.aten.detach.default, (node,), like=node)
+        stop.meta["stop"] = True
+        for user in users:
+            user.replace_input_with(node, stop)
+    return copied
+
+
+def _without_guards_on(variant: UpdateVariant, paths: frozenset[str]) -> UpdateVariant:
+    """Returns the variant without the conditions that depend on nothing but these hyperparameters."""
+    if variant.decide is None:
+        return variant
+    slot_of = dict(zip(variant.decide.placeholders, variant.decide.inputs, strict=True))
+    ancestry = ancestors(variant.decide)
+    kept = []
+    for condition in variant.before:
+        leaves = {slot_of[node].path for node in ancestry[variant.decide.result_of(condition.slot)]}
+        if not leaves <= paths:
+            kept.append(condition)
+    _, decide = split_guards(variant.decide, kept)
+    return replace(variant, before=tuple(kept), decide=decide)

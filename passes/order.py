@@ -1,0 +1,30 @@
+"""First-order programs."""
+
+from __future__ import annotations
+
+import torch
+
+from gimli_compile.metadata import insert_call
+from gimli_compile.program import Program
+from gimli_compile.slot import Role
+
+aten = torch.ops.aten
+
+
+def stop_inner_gradients(program: Program) -> Program:
+    """Treats the inner gradients as constants: first-order MAML (Finn et al. 2017, section 5.2).
+
+        return (loss, grad)     becomes     detach = aten.detach.default(grad)
+                                            return (loss, detach)
+    """
+    copied = program.copy()
+    output = copied.output
+    returned = list(copied.returned)
+    with copied.graph.inserting_before(output):
+        for index, slot in enumerate(copied.results):
+            if slot.role is Role.GRAD and returned[index].target is not aten.detach.default:
+                stop = insert_call(copied.graph, aten.detach.default, (returned[index],), like=returned[index])
+                stop.meta["stop"] = True
+                returned[index] = stop
+    output.args = (tuple(returned),)
+    return copied

@@ -1,0 +1,62 @@
+"""Derivatives at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from gimli_compile.metadata import insert_call
+from gimli_compile.program import Program
+
+aten = torch.ops.aten
+
+
+def guard_zeros(program: Program) -> Program:
+    """Gives square roots and fractional powers a zero derivative at zero, where they have an infinite one.
+
+    An adaptive optimizer divides by the root of a mean of squared gradients. Where that mean is exactly zero, the chain
+    rule multiplies infinity by zero. The values stay bit-identical.
+
+                                        zero = aten.eq.Scalar(v, 0)
+        root = aten.sqrt(v)  becomes    masked_fill = aten.masked_fill.Scalar(v, zero, 1)
+                                        sqrt = aten.sqrt(masked_fill)
+                                        root = aten.masked_fill.Scalar(sqrt, zero, 0)
+    """
+    copied = program.copy()
+    for node in list(copied.graph.nodes):
+        if node.op == "call_function" and _is_singular(node) and not _is_guarded(node):
+            with copied.graph.inserting_before(node):
+                guarded = _guard(copied.graph, node)
+            node.replace_all_uses_with(guarded)
+            copied.graph.erase_node(node)
+    return copied
+
+
+def _is_singular(node: fx.Node) -> bool:
+    if node.target is aten.sqrt.default:
+        return True
+    if node.target is aten.pow.Tensor_Scalar:
+        exponent = node.args[1]
+        return isinstance(exponent, float) and 0 < exponent < 1
+    return node.target is aten.pow.Tensor_Tensor and node.args[0].meta["val"].dim() > 0  # type: ignore[union-attr]
+
+
+def _is_guarded(node: fx.Node) -> bool:
+    base: Any = node.args[0]
+    return base.target is aten.masked_fill.Scalar and base.args[2] == 1 and base.meta.get("guards_zero", False)
+
+
+def _guard(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    base, *rest = node.args
+    zero = insert_call(graph, aten.eq.Scalar, (base, 0), like=node, name="zero")
+    if node.target is aten.pow.Tensor_Tensor:
+        fraction = insert_call(graph, aten.lt.Scalar, (rest[0], 1), like=node)
+        positive = insert_call(graph, aten.gt.Scalar, (rest[0], 0), like=node)
+        singular = insert_call(graph, aten.logical_and.default, (fraction, positive), like=node)
+        zero = insert_call(graph, aten.logical_and.default, (zero, singular), like=node, name="zero")
+    safe = insert_call(graph, aten.masked_fill.Scalar, (base, zero, 1), like=node)
+    safe.meta["guards_zero"] = True
+    root = insert_call(graph, node.target, (safe, *rest), like=node)
+    return insert_call(graph, aten.masked_fill.Scalar, (root, zero, 0), like=node)
