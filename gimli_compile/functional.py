@@ -26,7 +26,7 @@ from gimli_compile.recording import Baked
 from gimli_compile.restoring import write_back
 from gimli_compile.slot import Slot
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
-from gimli_compile.unrolling import unroll_steps
+from gimli_compile.unrolling import Loop, unroll_steps
 from gimli_compile.update_table import UpdateTable
 
 LossFunction = Callable[..., torch.Tensor]
@@ -125,9 +125,14 @@ class Functional:
         check_tensors(buffers, self._model_view.live_buffers, "buffers")
         return self._losses.forward(params, buffers, args, kwargs)
 
-    def __call__(self, state: TrainState, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output for a train state."""
-        return self.forward(state.params, state.buffers, *args, **kwargs)[0]
+    def __call__(self, state: TrainState, *args: Any, tasks: bool = False, **kwargs: Any) -> Any:
+        """Returns the model's output for a train state; with `tasks`, for one state and one input for each task."""
+
+        def call(params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Any:
+            return self.forward(params, buffers, *args, **kwargs)[0]
+
+        run = torch.func.vmap(call, randomness="different") if tasks else call
+        return run(state.params, state.buffers, args, kwargs)
 
     def update(
         self,
@@ -196,6 +201,7 @@ class Functional:
         checkpoint: str | int | None = None,
         order: int = 2,
         truncate: int | None = None,
+        tasks: bool | tuple[int | None, int | None, int | None, int | None] = False,
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
 
@@ -209,6 +215,9 @@ class Functional:
                 and computes the steps again in the backward pass; "sqrt" takes k near the root of J.
             order: 2 is exact; 1 takes the inner gradients as constants (first-order MAML).
             truncate: differentiates the last k steps only (truncated backpropagation; Shaban et al. 2019).
+            tasks: True runs many tasks at once: batches lead with (task, step), a list of batches with task; state,
+                hyper and meta are shared; results lead with task. A tuple says which dimension of state, batches,
+                hyper and meta is the task's, in the terms of `torch.func.vmap` (None: shared).
 
         Returns:
             The last state, and the losses before each step (J).
@@ -216,22 +225,20 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist.
         """
-        self._check_step(state)
         values = self._hyper_values(hyper)
 
         def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
+            self._check_step(now)
             return self._step(now, batch, hyper, meta, order=order, draws=draws)
 
         return unroll_steps(
             step,
-            state,
-            batches,
-            values,
-            meta,
+            Loop(state, batches, values, meta),
             backward=backward,
             checkpoint=checkpoint,
             order=order,
             truncate=truncate,
+            tasks=tasks,
         )
 
     # ------------------------------------------------------------------ looking and writing back

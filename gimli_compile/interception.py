@@ -46,6 +46,7 @@ class Interception(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self._active: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handles one Python-level call."""
@@ -62,10 +63,14 @@ class Interception(TorchFunctionMode):
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function of torch; one that is written in Python runs under this mode."""
-        if isinstance(func, types.FunctionType):
+        if not isinstance(func, types.FunctionType) or func in self._active:
+            return func(*args, **kwargs)
+        self._active.append(func)
+        try:
             with self:
                 return _body(func)(*args, **kwargs)
-        return func(*args, **kwargs)
+        finally:
+            self._active.pop()
 
 
 # ---------------------------------------------------------------------- values that are read

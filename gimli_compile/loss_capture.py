@@ -223,7 +223,8 @@ def _gradient(
                 "Check for `detach`, `no_grad` or `argmax` on the way, and that the optimizer has the model's parameters.",
             )
         )
-    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    # With `create_graph` the framework chooses the derivatives that have derivatives themselves.
+    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, create_graph=True)
     return dict(zip(trained, grads, strict=True))
 
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.checker import verify
 from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient, tree_slots
 from gimli_compile.model_view import ModelView
-from gimli_compile.passes.order import stop_inner_gradients
+from gimli_compile.pipeline import first_order, for_vmap
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
-from gimli_compile.transforms import outside_transforms, representatives
+from gimli_compile.transforms import inside_vmap, outside_transforms, representatives
 from gimli_compile.update_table import form
 
 
-@dataclass(frozen=True)
 class Gradient:
-    """The captured loss and gradient, and the same with the gradient taken as a constant."""
+    """The captured loss and gradient, and the forms of it that were asked for."""
 
-    exact: Program
-    first_order: Program
+    def __init__(self, exact: Program) -> None:
+        self.exact = exact
+        self._forms: dict[tuple[int, bool], Program] = {(2, False): exact}
+
+    def form(self, order: int, mapped: bool) -> Program:
+        """Returns the program of this order; under `vmap` the form for it."""
+        known = self._forms.get((order, mapped))
+        if known is None:
+            known = first_order(self.exact) if order == 1 else self.exact
+            known = for_vmap(known) if mapped else known
+            self._forms[order, mapped] = known
+        return known
 
 
 class LossTable:
@@ -63,8 +70,7 @@ class LossTable:
         """Returns the loss, its gradient by parameter name (None where there is none), and the new buffers."""
         values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
         values.update(tree_slots(Role.META, meta))
-        captured = self._gradient(state, batch, meta, trained)
-        program = captured.exact if order == 2 else captured.first_order
+        program = self._gradient(state, batch, meta, trained).form(order, inside_vmap())
         results = program({**values, **program.draw(draws)})
         grads = {name: results.get(Slot(Role.GRAD, name)) for name in trained}
         return results[Slot(Role.LOSS)], grads, _new_buffers(state.buffers, results)
@@ -77,9 +83,7 @@ class LossTable:
             title = f"loss and gradient of {self.title}"
             with outside_transforms(), torch.random.fork_rng():
                 exact = capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title)  # type: ignore[arg-type]
-            first_order = stop_inner_gradients(exact)
-            verify(first_order)
-            captured = self.gradients[key] = Gradient(exact, first_order)
+            captured = self.gradients[key] = Gradient(exact)
         return captured
 
 

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 from gimli_compile.checker import verify
 from gimli_compile.passes.detachment import reconnect_gradients
+from gimli_compile.passes.layout import relax_views
 from gimli_compile.passes.liveness import eliminate_dead_code
 from gimli_compile.passes.mutation import functionalize
+from gimli_compile.passes.order import stop_inner_gradients
 from gimli_compile.passes.redundancy import merge_common_subexpressions
 from gimli_compile.passes.singularity import guard_zeros
+from gimli_compile.passes.normalization import write_out_normalization
 from gimli_compile.program import Pass, Program, apply_passes
 from gimli_compile.slot import CARRIED
 
 LOSS_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
+    relax_views,
     merge_common_subexpressions,
     eliminate_dead_code,
 )
 UPDATE_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
+    relax_views,
     eliminate_dead_code,
     guard_zeros,
     merge_common_subexpressions,
     eliminate_dead_code,
 )
+MAPPED_PASSES: tuple[Pass, ...] = (
+    write_out_normalization,
+    merge_common_subexpressions,
+    eliminate_dead_code,
+)
+
+
+def for_vmap(program: Program) -> Program:
+    """Returns the form of a program that is differentiated right when `vmap` takes its operators apart."""
+    return apply_passes(program, MAPPED_PASSES, verify)
+
+
+def first_order(program: Program) -> Program:
+    """Returns the form of a program whose inner gradients are constants."""
+    return apply_passes(program, (stop_inner_gradients,), verify)
 
 
 def lower(program: Program, passes: tuple[Pass, ...]) -> Program:

@@ -11,6 +11,7 @@ from torch import fx
 
 from gimli_compile.printing import print_program, run_namespace
 from gimli_compile.slot import Role, Slot
+from gimli_compile.transforms import in_every_lane
 
 Pass = Callable[["Program"], "Program"]
 
@@ -24,8 +25,8 @@ class Draw:
     kwargs: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self) -> torch.Tensor:
-        """Draws from the default generator, as the eager operator would."""
-        return self.target(*self.args, **self.kwargs)
+        """Draws from the default generator, as the eager operator would; under `vmap` once for each lane."""
+        return in_every_lane(lambda: self.target(*self.args, **self.kwargs))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ _ELEMENTWISE = frozenset(
 )
 _SAME_DTYPE = frozenset("lerp clamp clip clamp_min clamp_max".split())
 _SCALED = {"add": "alpha", "sub": "alpha", "subtract": "alpha", "addcmul": "value", "addcdiv": "value"}
+_DRAWS = {"normal": ("mean", "std", 0.0, 1.0), "uniform": ("from", "to", 0.0, 1.0)}
 _PRODUCTS = frozenset("addmm addmv addbmm baddbmm addr".split())
 
 
@@ -36,6 +37,8 @@ def call_with_numbers(mode: Interception, func: Any, args: Any, kwargs: Any) -> 
     """Calls `func` so that every concolic number among its arguments stays an input of the program."""
     name = getattr(func, "__name__", str(func)).strip("_")
     with mode:
+        if name in _DRAWS:
+            return _call_draw(func, name, list(args), dict(kwargs))
         if name in _PRODUCTS:
             return _call_product(func, name, list(args), dict(kwargs))
         if name in _SCALED:
@@ -106,11 +109,18 @@ def _unscramble(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[lis
 
 
 def _call_scaled(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """`add(x, y, alpha=a)` and `addcdiv(x, y, z, value=a)`: the number multiplies the second operand."""
+    """`add(x, y, alpha=a)` and `addcdiv(x, y, z, value=a)`: the number multiplies the second operand.
+
+    torch computes `x + a * y` with one rounding, as `addcmul(x, y, a)` does, and `x + a * y / z` from left to right.
+    """
     scale = kwargs.pop(_SCALED[name])
     target, first = args[0], args[1]
     if not isinstance(first, Tensor):
-        return func(target, scale * first if not isinstance(first, Number) else first * scale, **kwargs)
+        return func(target, first * scale, **kwargs)
+    if _SCALED[name] == "alpha" and target.is_floating_point() and first.is_floating_point():
+        factor = operand(scale, first if first.dim() else target)
+        factor = factor.to(device=first.device)
+        return _finish(func, target, torch.addcmul(target, first, factor if name == "add" else -factor), kwargs)
     if target.dtype in _REDUCED:
         wide = [arg.to(torch.float32) for arg in args]
         wide[1] = wide[1] * operand(scale, wide[1])
@@ -125,6 +135,18 @@ def _finish(func: Any, target: Tensor, result: Tensor, kwargs: dict[str, Any]) -
     name = func.__name__
     in_place = name.endswith("_") and not name.endswith("__")
     return target.copy_(result) if in_place else result
+
+
+def _call_draw(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """`normal_(mean, std)` and `uniform_(low, high)`: a standard draw that is scaled and shifted."""
+    first, second, *defaults = _DRAWS[name]
+    target, *rest = args
+    given = {**dict(zip((first, second), rest, strict=False)), **kwargs}
+    shift, other = given.pop(first, defaults[0]), given.pop(second, defaults[1])
+    scale = other if name == "normal" else other - shift
+    if func.__name__.endswith("_"):
+        return getattr(target, func.__name__)(**given).mul_(scale).add_(shift)
+    return torch.normal(0.0, 1.0, **given) * scale + shift
 
 
 def _call_product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
@@ -58,6 +60,25 @@ def is_everywhere(condition: torch.Tensor, outcome: bool) -> bool:
         return bool((condition == outcome).all())
     with outside_transforms():
         return bool((all_lanes(condition) == outcome).all())
+
+
+def inside_vmap() -> bool:
+    """Tells whether a `vmap` is active."""
+    return any(one.key() == TransformType.Vmap for one in retrieve_all_functorch_interpreters())
+
+
+def in_every_lane(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Makes a random draw; under `vmap` one for each lane, each from the default generator in turn."""
+    levels = [one for one in retrieve_all_functorch_interpreters() if one.key() == TransformType.Vmap]
+    if not levels:
+        return draw()
+    sizes = [one.batch_size() for one in levels]
+    with outside_transforms():
+        noise = torch.stack([draw() for _ in range(math.prod(sizes))])
+        noise = noise.reshape(*sizes, *noise.shape[1:])
+    for level in levels:
+        noise = _functorch._add_batch_dim(noise, 0, level.level())
+    return noise
 
 
 def is_differentiated(tensor: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,44 +15,57 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.state import TrainState
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
+Tasks = bool | tuple[int | None, int | None, int | None, int | None]
 _BACKWARD = ("reverse",)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a loop starts from; hyperparameters by path."""
+
+    state: TrainState
+    batches: Any
+    hyper: dict[str, torch.Tensor]
+    meta: Any
 
 
 def unroll_steps(
     step: Step,
-    state: TrainState,
-    batches: Any,
-    hyper: dict[str, torch.Tensor],
-    meta: Any,
+    loop: Loop,
     *,
     backward: str,
     checkpoint: str | int | None,
     order: int,
     truncate: int | None,
+    tasks: Tasks,
 ) -> tuple[TrainState, torch.Tensor]:
     """Runs `step` over the batches: see `Functional.unroll`."""
-    steps = split_batches(batches)
     _check_options(backward, order, truncate)
+    if tasks is not False:
+        loop, step = _over_tasks(loop, step, (None, 0, None, None) if tasks is True else tasks)
+    steps = split_batches(loop.batches, 0 if tasks is False else 1)
+    state = loop.state
     length = segment_length(checkpoint, len(steps))
     losses: list[torch.Tensor] = []
     cut = 0 if truncate is None else max(0, len(steps) - truncate)
     if cut:
         with torch.no_grad():
-            state = _run(step, state, steps[:cut], hyper, meta, losses)
+            state = _run(step, replace(loop, state=state), steps[:cut], losses)
         state = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state)
     if length is None:
-        state = _run(step, state, steps[cut:], hyper, meta, losses)
+        state = _run(step, replace(loop, state=state), steps[cut:], losses)
     else:
         for start in range(cut, len(steps), length):
             segment = steps[start : start + length]
-            state, segment_losses = checkpointed(_segment(step), state, segment, hyper, meta)
+            state, segment_losses = checkpointed(_segment(step), state, segment, loop.hyper, loop.meta)
             losses += segment_losses
-    return state, torch.stack(losses)
+    return state, torch.stack(losses, -1)
 
 
-def _run(step: Step, state: TrainState, steps: Sequence[Any], hyper: Any, meta: Any, losses: list[Any]) -> TrainState:
+def _run(step: Step, loop: Loop, steps: Sequence[Any], losses: list[Any]) -> TrainState:
+    state = loop.state
     for batch in steps:
-        state, loss = step(state, batch, hyper, meta, None)
+        state, loss = step(state, batch, loop.hyper, loop.meta, None)
         losses.append(loss)
     return state
 
@@ -70,6 +84,61 @@ def _segment(step: Step) -> Callable[..., Any]:
         return state, losses
 
     return run
+
+
+def _over_tasks(loop: Loop, step: Step, dims: tuple[int | None, ...]) -> tuple[Loop, Step]:
+    """Returns the loop in which whatever differs between tasks leads with the task, and the step for all tasks at once.
+
+    The loop is outermost and each step is mapped over the tasks, so that a segment can be computed again as a whole.
+    """
+    parts = [loop.state, loop.batches, loop.hyper, loop.meta]
+    state, batches, hyper, meta = (_lead(part, dim) for part, dim in zip(parts, dims, strict=True))
+    if dims[0] is None:
+        count = _task_count(batches, hyper, meta, dims)
+        state = _shared_by(state, count)
+    inner = [0, None if dims[1] is None else 0, *(None if dim is None else 0 for dim in dims[2:])]
+
+    def mapped(state: TrainState, batch: Any, hyper: Any, meta: Any, draws: dict[Any, Any] | None) -> Any:
+        given = dict(draws or {})
+        noise_dims = dict.fromkeys(given, 0)
+
+        def one(state: TrainState, batch: Any, hyper: Any, meta: Any, noise: dict[Any, Any]) -> Any:
+            noise = dict(noise)
+            return *step(state, batch, hyper, meta, noise), noise
+
+        run = torch.func.vmap(one, in_dims=(*inner, noise_dims), randomness="different")
+        state, loss, made = run(state, batch, hyper, meta, given)
+        if draws is not None:
+            draws.update(made)
+        return state, loss
+
+    return Loop(state, batches, hyper, meta), mapped
+
+
+def _lead(tree: Any, dim: int | None) -> Any:
+    if dim is None or dim == 0:
+        return tree
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.movedim(dim, 0), tree)
+
+
+def _task_count(batches: Any, hyper: Any, meta: Any, dims: tuple[int | None, ...]) -> int:
+    for part, dim in zip((batches, hyper, meta), dims[1:], strict=True):
+        leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
+        if dim is not None and leaves:
+            return leaves[0].shape[0]
+    raise InputError("`tasks` names no input with a task dimension. Give state, batches, hyper or meta one.")
+
+
+def _shared_by(state: TrainState, count: int) -> TrainState:
+    """Returns a state for each task, all views of one; tensors that are one object stay one."""
+    known: dict[int, torch.Tensor] = {}
+
+    def expand(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.expand(count, *tensor.shape)
+        return known[id(tensor)]
+
+    return pytree.tree_map_only(torch.Tensor, expand, state)
 
 
 def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
@@ -94,12 +163,12 @@ def _check_options(backward: str, order: int, truncate: int | None) -> None:
         raise InputError(f"truncate={truncate!r} is not an option. Use None or a positive number of steps.")
 
 
-def split_batches(batches: Any) -> list[Any]:
-    """Returns the list of batches: a list or iterator as it is, any other pytree cut along its leading dimension."""
+def split_batches(batches: Any, dim: int = 0) -> list[Any]:
+    """Returns the list of batches: a list or iterator as it is, any other pytree cut along its step dimension."""
     if isinstance(batches, (list, Iterator)):
         steps = list(batches)
     else:
-        steps = _cut(batches)
+        steps = _cut(batches, dim)
     if not steps:
         raise InputError(
             compose_message(
@@ -112,19 +181,20 @@ def split_batches(batches: Any) -> list[Any]:
     return steps
 
 
-def _cut(batches: Any) -> list[Any]:
+def _cut(batches: Any, dim: int) -> list[Any]:
     leaves, structure = pytree.tree_flatten(batches)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tensors}
+    sizes = {leaf.shape[dim] if leaf.dim() > dim else None for leaf in tensors}
     if len(sizes) != 1 or None in sizes:
         raise InputError(
             compose_message(
-                f"the batches have leading dimensions {sorted(map(str, sizes))}",
+                f"the batches have {', '.join(sorted(map(str, sizes))) or 'no'} steps in dimension {dim}",
                 None,
-                "A pytree of batches has one leading dimension, the number of steps, in every tensor.",
+                "A pytree of batches has the same number of steps in every tensor.",
                 "Stack the batches, or pass a list with one batch for each step.",
             )
         )
     count = sizes.pop()
-    parts = [leaf.unbind(0) if isinstance(leaf, torch.Tensor) else [leaf] * count for leaf in leaves]
+    assert count is not None
+    parts = [leaf.unbind(dim) if isinstance(leaf, torch.Tensor) else [leaf] * count for leaf in leaves]
     return [pytree.tree_unflatten([part[index] for part in parts], structure) for index in range(count)]

@@ -118,11 +118,12 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def _numbers(variant: UpdateVariant, inputs: UpdateInputs) -> list[Slot]:
-    """Returns the floating numbers among the inputs that are not pinned already."""
+    """Returns the floats, and the counters of the state, among the inputs that are not pinned already."""
     found = []
     for leaf in leaves_of(inputs.opt_state.skeleton):
         slot = Slot(inputs.role_of(leaf), leaf.path)
-        if leaf.kind == "float" and slot not in variant.pins:
+        counts = leaf.kind == "int" and slot.role is Role.STATE
+        if (leaf.kind == "float" or counts) and slot not in variant.pins:
             found.append(slot)
     return found
 
@@ -158,6 +159,8 @@ def perturbed(inputs: UpdateInputs, slots: set[Slot]) -> UpdateInputs:
     """Returns inputs in which these numbers are a little different."""
 
     def change(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value + 1
         return torch.where(value == 0, _STEP, value * (1 - _STEP)).to(value.dtype)
 
     hyper = {p: change(v) if Slot(Role.HYPER, p) in slots else v for p, v in inputs.hyper.items()}

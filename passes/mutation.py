@@ -23,6 +23,7 @@ _RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.squeeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.unsqueeze.default,
 }  # fmt: skip
+_VIEWED_IN_PLACE = {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"}
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
@@ -201,6 +202,9 @@ class _Rewrite:
             return
         written = _written_argument(node)
         name = node.target._opname
+        if name in _VIEWED_IN_PLACE:
+            self._view_in_place(node, written)
+            return
         args = fx.map_arg(node.args, self.read)
         kwargs = fx.map_arg(node.kwargs, self.read)
         if name == "copy_":
@@ -220,6 +224,15 @@ class _Rewrite:
             value = self._stopped(value, node)
         self._write(written, value)
         self.aliases[node] = self.aliases[written]
+
+    def _view_in_place(self, node: fx.Node, written: fx.Node) -> None:
+        """`unsqueeze_` and its kin change what a tensor shows, not its values."""
+        alias = self.aliases[written]
+        view = _View(_out_of_place(node), fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
+        made = self._apply(view, self.read(written))
+        self.aliases[written] = self.aliases[node] = _Alias(
+            alias.storage, (*alias.chain, view), made, alias.storage.version
+        )
 
     def _call_batch_norm(self, node: fx.Node) -> None:
         """Running statistics carry no gradient, in eager code as here."""

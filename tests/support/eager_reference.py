@@ -40,6 +40,7 @@ class Case:
 
     def start(self):
         """Returns a fresh model and optimizer, trained for `warm` steps."""
+        torch.manual_seed(29)
         model = Holder(self.shapes, self.dtype, self.frozen)
         optimizer = self.make(self.groups(list(model.parameters())))
         for grads in self.gradients(self.warm, seed=5):
@@ -71,6 +72,7 @@ def eager_params(case, prepare=lambda model, optimizer: None, grads=None):
     model, optimizer = case.start()
     with torch.no_grad():
         prepare(model, optimizer)
+    torch.manual_seed(23)
     history = []
     for step_grads in case.gradients(case.steps) if grads is None else grads:
         eager_step(model, optimizer, step_grads)
@@ -88,6 +90,7 @@ def functional_params(case):
 
 def run_functional(case, fn, state, hyper, grads):
     params, opt_state = state.params, state.opt_state
+    torch.manual_seed(23)
     history = []
     for step_grads in grads:
         params, opt_state = fn.update(params, step_grads, opt_state, hyper)

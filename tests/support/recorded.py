@@ -1,0 +1,145 @@
+"""Records plain Python functions as raw programs, and runs and prints programs for tests."""
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from gimli_compile.checker import verify
+from gimli_compile.concolic import Number, make_number
+from gimli_compile.interception import Interception
+from gimli_compile.program import Program
+from gimli_compile.recording import DATA, HOST, Recorder, Region
+from gimli_compile.slot import Role, Slot
+
+
+@dataclass
+class Trace:
+    """What one recording gave: the program, what the function returned, and what the recorder noted beside."""
+
+    program: Program
+    value: object
+    recorder: Recorder
+
+    @property
+    def outcomes(self):
+        return [guard.outcome for guard in self.recorder.guards]
+
+    @property
+    def baked(self):
+        return [entry.what for entry in self.recorder.baked]
+
+
+def trace(function, tensors=None, numbers=None, *, region=Region.OPTIMIZER, around=nullcontext):
+    """Calls `function` with copies of named tensors and with concolic numbers, and records what it does.
+
+    Results of the program: the tensors and numbers that the function returned (`output[0]`...), the final value of
+    every tensor that it changed (`state[name]`), and the guards. `around` is a context that the call runs in.
+    """
+    recorder = Recorder("test")
+    given, made = {}, {}
+    for name, value in (tensors or {}).items():
+        given[name] = value.detach().clone()
+        recorder.add_input(Slot(Role.STATE, name), given[name], DATA)
+    for name, value in (numbers or {}).items():
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        recorder.add_input(Slot(Role.HYPER, name), tensor, HOST)
+        made[name] = make_number(value, tensor, recorder)
+    versions = {name: value._version for name, value in given.items()}
+    mode = Interception(recorder) if numbers is not None else nullcontext()
+    with around(), recorder, recorder.in_region(region), mode:
+        value = function(**given, **made)
+    results = {}
+    with recorder, torch.no_grad():
+        returned = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+        for index, item in enumerate(returned):
+            if isinstance(item, (torch.Tensor, Number)):
+                tensor = item.tensor if isinstance(item, Number) else item
+                results[Slot(Role.OUTPUT, str(index))] = recorder.node_of(tensor)
+        for name, tensor in given.items():
+            if tensor._version != versions[name]:
+                results[Slot(Role.STATE, name)] = recorder.node_of(tensor)
+        for index, guard in enumerate(recorder.guards):
+            results[Slot(Role.GUARD, str(index))] = guard.node
+    recorder.graph.output(tuple(results.values()))
+    program = Program(
+        "a recorded function",
+        "function",
+        recorder.graph,
+        tuple(recorder.inputs),
+        tuple(results),
+        dict(recorder.constants),
+        dict(recorder.draws),
+    )
+    verify(program)
+    return Trace(program, value, recorder)
+
+
+def record(function, tensors, **options):
+    """Returns the raw program of a function of named tensors."""
+    return trace(function, tensors, **options).program
+
+
+def call(program, values):
+    """Runs a program on copies of values that are given by the path of the slot; the results are by path as well."""
+    bound = {slot: values[slot.path] for slot in program.inputs if slot.path in values}
+    return {str(slot): value for slot, value in program({s: v.clone() for s, v in bound.items()}).items()}
+
+
+def eager(function, values):
+    """Runs a function as `call` runs its program: what it returned, and the tensors it changed."""
+    given = {name: value.clone() for name, value in values.items()}
+    versions = {name: value._version for name, value in given.items()}
+    value = function(**given)
+    returned = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+    results = {f"output[{index}]": item for index, item in enumerate(returned)}
+    results.update({f"state[{name}]": t for name, t in given.items() if t._version != versions[name]})
+    return results
+
+
+def sample(program, seed=0):
+    """Returns random values, by path, for the inputs of a program that neither constants nor draws provide."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for slot, node in zip(program.inputs, program.placeholders, strict=True):
+        form = node.meta["val"]
+        if slot.role is Role.CONSTANT:
+            continue
+        if form.dtype.is_floating_point:
+            value = torch.randn(form.shape, generator=generator, dtype=torch.float64).to(form.dtype)
+        else:
+            value = torch.randint(0, 2, form.shape, generator=generator).to(form.dtype)
+        values[slot.path] = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype).copy_(value)
+    return values
+
+
+def projection(results, seed=1):
+    """Returns a fixed random linear function of the floating results."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), dtype=torch.float64)
+    for value in results.values():
+        if value.dtype.is_floating_point:
+            total = total + (torch.randn(value.shape, generator=generator, dtype=torch.float64) * value).sum()
+    return total
+
+
+def derivatives(run, values):
+    """Returns first and second derivatives of a random projection of `run(values)`, by the names of the values."""
+    leaves = {n: v.detach().clone().requires_grad_() for n, v in values.items() if v.dtype.is_floating_point}
+    total = projection(run({**values, **leaves}))
+    if not total.requires_grad:
+        return {}
+    first = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True)
+    found = {f"first {name}": value.detach() for name, value in zip(leaves, first, strict=True)}
+    again = projection(dict(zip(leaves, first, strict=True)), seed=2)
+    if again.requires_grad:
+        second = torch.autograd.grad(again, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found.update({f"second {name}": value for name, value in zip(leaves, second, strict=True)})
+    return found
+
+
+def text(program):
+    """Returns the code of a program without line numbers and columns, for golden texts."""
+    code = re.sub(r"^( *# ).*?:\d+ in [\w<>]+: ", r"\1", program.code, flags=re.MULTILINE)
+    return re.sub(r"(?<=\S) +# ", "  # ", code)
