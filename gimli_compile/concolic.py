@@ -177,7 +177,7 @@ def bake(number: Number, what: str) -> Plain:
         )
     compare(operator.eq, number, value)
     if isinstance(number, float):
-        number.recorder.baked.append(Baked(what, current_source()))
+        number.recorder.baked.append(Baked(f"{what} is a constant of the program", current_source()))
     return value
 
 

@@ -62,13 +62,13 @@ class Guard:
 
 @dataclass(frozen=True)
 class Baked:
-    """A number that entered the program as a constant, and the line that made it one."""
+    """What was said of a number that entered the program as a constant, and the line that made it one."""
 
     what: str
     source: SourceLine | None
 
     def __str__(self) -> str:
-        return f"{self.what} is a constant of the program\n  {self.source}"
+        return self.what if self.source is None else f"{self.what}\n  {self.source}"
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,15 @@ def _call_product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any])
     beta, alpha = kwargs.pop("beta", 1), kwargs.pop("alpha", 1)
     target, left, right = args
     multiply = {"addmm": torch.mm, "addmv": torch.mv, "addr": torch.outer}.get(name, torch.bmm)
+    dtype = target.dtype
+    if dtype in _REDUCED:  # eager rounds once, after the sum
+        target_, left, right = target.float(), left.float(), right.float()
+    else:
+        target_ = target
     product = multiply(left, right)
     if name == "addbmm":
         product = product.sum(0)
-    return _finish(func, target, target * beta + product * alpha, kwargs)
+    return _finish(func, target, (target_ * beta + product * alpha).to(dtype), kwargs)
 
 
 # ---------------------------------------------------------------------- operators that want equal dtypes

@@ -109,7 +109,9 @@ def _guarded(variant: UpdateVariant) -> set[str]:
 
 def _lost_at_zero(path: str) -> Baked:
     return Baked(
-        f"hyper[{path}] is 0, where the step takes a branch of its own: its derivative there is that of this branch", None
+        f"hyper[{path}] is 0, where the step takes a branch of its own: the program has the derivative of that branch. "
+        "Start from a small value beside 0 for that of the other.",
+        None,
     )
 
 

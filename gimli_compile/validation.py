@@ -42,7 +42,7 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     baked = list(variant.baked)
     for slot in escaped:
         pins[slot] = float(values[slot])
-        baked.append(Baked(f"{slot} (the step depends on it in a way that the capture did not see)", None))
+        baked.append(Baked(f"{slot} is a constant of the program: the step depends on it in a way that no capture sees", None))
     return replace(variant, pins=pins, baked=tuple(baked))
 
 
@@ -89,32 +89,38 @@ def _differing(
     scale: Mapping[Slot, torch.Tensor] | None,
 ) -> list[Slot]:
     results = program_results(variant, inputs)
+    eps = _coarsest(variant)
     return [
         slot
         for slot, value in results.items()
-        if slot in expected and not _close(value, expected[slot], None if scale is None else scale[slot])
+        if slot in expected and not _close(value, expected[slot], eps, None if scale is None else scale[slot])
     ]
 
 
-def _close(value: torch.Tensor, expected: torch.Tensor, change: torch.Tensor | None) -> bool:
+def _coarsest(variant: UpdateVariant) -> float:
+    """Returns the largest rounding of the floating dtypes that the program computes in."""
+    found = 0.0
+    for node in variant.program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            found = max(found, torch.finfo(value.dtype).eps)
+    return found
+
+
+def _close(value: torch.Tensor, expected: torch.Tensor, eps: float, change: torch.Tensor | None) -> bool:
     """Compares up to rounding, or up to a part of the `change` that the eager result itself made."""
     if value.shape != expected.shape:
         return False
-    precision = max((t.dtype for t in (value, expected) if t.is_floating_point()), key=_eps, default=torch.float64)
     value, expected = value.detach().to(torch.float64), expected.to(torch.float64)
     if value.numel() == 0 or torch.equal(value, expected):
         return True
     same = (value == expected) | (value.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, (value - expected).abs())
     finite = torch.where(expected.isfinite(), expected.abs(), 0.0)
-    allowed = finite.max() * _ROUNDINGS * torch.finfo(precision).eps
+    allowed = finite.max() * _ROUNDINGS * eps
     if change is not None:
         allowed = allowed + 1e-2 * change.abs().max()
     return bool(difference.max() <= allowed)
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
 
 
 def _numbers(variant: UpdateVariant, inputs: UpdateInputs) -> list[Slot]:
@@ -147,7 +153,9 @@ def _escaped(
     if not variant.held(results):
         return False
     change = {slot: _finite_change(expected[slot], base[slot]) for slot in results if slot in expected and slot in base}
-    return any(slot in change and not _close(value, expected[slot], change[slot]) for slot, value in results.items())
+    eps = _coarsest(variant)
+    pairs = [(value, expected[slot], change[slot]) for slot, value in results.items() if slot in change]
+    return any(not _close(value, wanted, eps, moved) for value, wanted, moved in pairs)
 
 
 def _finite_change(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

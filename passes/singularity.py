@@ -19,6 +19,8 @@ def guard_zeros(program: Program) -> Program:
     An adaptive optimizer divides by the root of a mean of squared gradients. Where that mean is exactly zero, the chain
     rule multiplies infinity by zero. The values stay bit-identical.
 
+    A quotient by a number that is always zero is a constant.
+
                                         zero = aten.eq.Scalar(v, 0)
         root = aten.sqrt(v)  becomes    masked_fill = aten.masked_fill.Scalar(v, zero, 1)
                                         sqrt = aten.sqrt(masked_fill)
@@ -31,7 +33,32 @@ def guard_zeros(program: Program) -> Program:
                 guarded = _guard(copied.graph, node)
             node.replace_all_uses_with(guarded)
             copied.graph.erase_node(node)
+        elif node.target is aten.div.Tensor and _is_zero(node.args[1]):
+            _stop(copied.graph, node)
     return copied
+
+
+def _is_zero(value: Any) -> bool:
+    """Tells whether a scalar is zero whatever the inputs are: a product with the number 0."""
+    if not isinstance(value, fx.Node):
+        return value == 0
+    if value.target in (aten.mul.Tensor, aten.mul.Scalar):
+        return any(map(_is_zero, value.args))
+    if value.target in (aten.div.Tensor, aten.neg.default, aten._to_copy.default):
+        return _is_zero(value.args[0])
+    return value.target is aten.full.default and value.args[1] == 0
+
+
+def _stop(graph: fx.Graph, node: fx.Node) -> None:
+    """Stops the gradient at a quotient by zero: an infinity, which the step goes on to take the reciprocal of."""
+    if any(user.target is aten.detach.default for user in node.users):
+        return
+    users = list(node.users)
+    with graph.inserting_after(node):
+        stop = insert_call(graph, aten.detach.default, (node,), like=node)
+    stop.meta["stop"] = True
+    for user in users:
+        user.replace_input_with(node, stop)
 
 
 def _is_singular(node: fx.Node) -> bool:

@@ -281,6 +281,15 @@ def half_stopped(model, batch):
     return ((model[2](hidden.detach()) - y) ** 2).mean() + hidden.square().mean()
 
 
+def changed_under_no_grad(model, batch):
+    """Eager autograd does not see the change: the gradient is that of the value before it."""
+    x, y = batch
+    out = torch.tanh(model(x)) * 1.0
+    with torch.no_grad():
+        out.mul_(2.0)
+    return ((out - y) ** 2).mean()
+
+
 STOPPED = {
     "detach": bootstrapped,
     "data": detached_by_data,
@@ -291,6 +300,7 @@ STOPPED = {
     "gumbel_soft": gumbel_soft,
     "detach_in_place": detached_inside_a_computation,
     "half": half_stopped,
+    "changed_under_no_grad": changed_under_no_grad,
 }
 
 
@@ -562,6 +572,13 @@ def test_noise_from_distributions():
 # ---------------------------------------------------------------------- functions of torch
 
 
+def column_scaled(out, y):
+    scaled = torch.tanh(out)
+    scaled[:, 0].mul_(y[:, 1])
+    scaled[1:3] = scaled[2:4] * scaled[0]
+    return scaled
+
+
 FUNCTIONS = {
     "mse": lambda out, y: F.mse_loss(out, y),
     "smooth_l1": lambda out, y: F.smooth_l1_loss(out, y, beta=0.4),
@@ -582,6 +599,7 @@ FUNCTIONS = {
     "cumulative": lambda out, y: (out.cumsum(0) - y.cumprod(0)).square().mean(),
     "in_place": lambda out, y: out.clone().mul_(y).add_(1.0).tanh_().square().mean(),
     "written": lambda out, y: torch.zeros(5, 3, dtype=y.dtype).index_copy(1, torch.tensor([0, 2]), out).square().mean(),
+    "column_in_place": lambda out, y: column_scaled(out, y).square().mean(),
     "reshaped_in_place": lambda out, y: out.clone().unsqueeze_(0).transpose_(1, 2).squeeze_(0).matmul(y).square().mean(),
     "solved": lambda out, y: torch.linalg.solve(out.T @ out + torch.eye(2, dtype=y.dtype), y.T).square().mean(),
     "logdet": lambda out, y: torch.logdet(out.T @ out + torch.eye(2, dtype=y.dtype)),

@@ -70,6 +70,8 @@ def eager_step(model, optimizer, grads):
 def eager_params(case, prepare=lambda model, optimizer: None, grads=None):
     """Runs the live code; `prepare` may change it after the warm-up. Returns the parameters after each step."""
     model, optimizer = case.start()
+    if case.per_parameter:
+        optimizer.param_groups = [{**g, "params": [p]} for g in optimizer.param_groups for p in g["params"]]
     with torch.no_grad():
         prepare(model, optimizer)
     torch.manual_seed(23)
@@ -158,19 +160,19 @@ def finite_difference(function, scale, lowest=1e-9):
     return min(pairs)[1]
 
 
-def hyper_leaves(hyper):
-    """Returns the hyperparameters of the groups by path, each made to require a gradient."""
+def hyper_leaves(hyper, skip=()):
+    """Returns the hyperparameters of the groups by path, each but those of `skip` made to require a gradient."""
     found = {}
     for index, group in enumerate(hyper.groups):
         for key, value in group.items():
             items = value if isinstance(value, (tuple, list)) else None
             if items is None:
-                found[f"groups.{index}.{key}"] = value.requires_grad_()
+                found[f"groups.{index}.{key}"] = value
             else:
                 for place, item in enumerate(items):
                     if isinstance(item, torch.Tensor):
-                        found[f"groups.{index}.{key}.{place}"] = item.requires_grad_()
-    return found
+                        found[f"groups.{index}.{key}.{place}"] = item
+    return {path: leaf.requires_grad_() for path, leaf in found.items() if path not in skip}
 
 
 def gradient_errors(case, skip=(), state_too=True):
@@ -180,7 +182,7 @@ def gradient_errors(case, skip=(), state_too=True):
     """
     fn, state, hyper = functional_params(case)
     live_options = {path for path in hyper_leaves(fn.hyperparameters())}
-    leaves = {path: leaf for path, leaf in hyper_leaves(hyper).items() if path not in skip}
+    leaves = hyper_leaves(hyper, skip)
     for value in (*state.params.values(), *state.opt_state.values()):
         if value.is_floating_point():
             value.requires_grad_()
@@ -213,7 +215,8 @@ def _error(got, expected):
 
 
 def _hyper_difference(case, path):
-    base = get_number(case.start()[1], path)
+    start = path if not case.per_parameter else f"groups.0.{path.split('.', 2)[2]}"
+    base = get_number(case.start()[1], start)
 
     def function(offset):
         return float(projection(eager_params(case, lambda m, o: set_number(o, path, base + offset))[-1]))

@@ -99,7 +99,10 @@ def eager(function, values):
 
 
 def sample(program, seed=0):
-    """Returns random values, by path, for the inputs of a program that neither constants nor draws provide."""
+    """Returns random values, by path, for the inputs of a program that neither constants nor draws provide.
+
+    Floating values are multiples of 1/16, never 0: sums of products are then exact in any order.
+    """
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for slot, node in zip(program.inputs, program.placeholders, strict=True):
@@ -107,7 +110,8 @@ def sample(program, seed=0):
         if slot.role is Role.CONSTANT:
             continue
         if form.dtype.is_floating_point:
-            value = torch.randn(form.shape, generator=generator, dtype=torch.float64).to(form.dtype)
+            value = torch.randn(form.shape, generator=generator, dtype=torch.float64).mul(16).round().div(16)
+            value = value.where(value != 0, 0.5)
         else:
             value = torch.randint(0, 2, form.shape, generator=generator).to(form.dtype)
         values[slot.path] = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype).copy_(value)
@@ -127,16 +131,27 @@ def projection(results, seed=1):
 def derivatives(run, values):
     """Returns first and second derivatives of a random projection of `run(values)`, by the names of the values."""
     leaves = {n: v.detach().clone().requires_grad_() for n, v in values.items() if v.dtype.is_floating_point}
-    total = projection(run({**values, **leaves}))
+    first = _gradients(projection(run({**values, **leaves})), leaves)
+    second = _gradients(projection(first, seed=2), leaves)
+    found = {f"first {name}": value.detach() for name, value in first.items()}
+    return {**found, **{f"second {name}": value.detach() for name, value in second.items()}}
+
+
+def _gradients(total, leaves):
+    """Returns the gradients by name; zeros for what `total` does not depend on."""
     if not total.requires_grad:
-        return {}
-    first = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True)
-    found = {f"first {name}": value.detach() for name, value in zip(leaves, first, strict=True)}
-    again = projection(dict(zip(leaves, first, strict=True)), seed=2)
-    if again.requires_grad:
-        second = torch.autograd.grad(again, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        found.update({f"second {name}": value for name, value in zip(leaves, second, strict=True)})
-    return found
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), **options), strict=True))
+
+
+def assert_same(found, expected, *, tolerance=0.0):
+    """Asserts that two mappings hold the same tensors: names, dtypes, shapes; values up to a part of the largest one."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        finite = value.detach().double()[value.isfinite()].abs()
+        allowed = tolerance * max(1.0, finite.max().item()) if finite.numel() else 0.0
+        torch.testing.assert_close(found[name], value, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def text(program):
