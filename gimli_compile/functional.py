@@ -11,9 +11,9 @@ from torch import nn
 
 from gimli_compile.argument_checks import (
     check_hyper,
-    check_options,
     check_optimizer,
     check_optimizer_params,
+    check_options,
     check_state,
     check_tensors,
 )
@@ -23,9 +23,13 @@ from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
 from gimli_compile.programs import Programs
 from gimli_compile.recording import Baked
+from gimli_compile.requirement_capture import capture_for_requirements
+from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
 from gimli_compile.slot import Slot
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
+from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
+from gimli_compile.transforms import is_differentiated
 from gimli_compile.unrolling import Loop, unroll_steps
 from gimli_compile.update_table import UpdateTable
 
@@ -249,6 +253,34 @@ class Functional:
         if not self._updates.variants:
             self._updates.example(self.init(), self._hyper_values(None), self._trained)
         return Programs(self._losses, self._updates)
+
+    def update_rule(self, variant: int | None = None, parameter: str | None = None) -> UpdateRule:
+        """Returns the update of one element of a parameter as formulas (sympy), read off the captured program.
+
+        `variant` counts the variants of `programs["update"]` from 0, and is by default one that steps with state take;
+        `parameter` is by default the first trained one.
+        """
+        return derive_update_rule(self.programs["update"].variants, variant, parameter)
+
+    def requirements(
+        self, hyper: Hyperparameters | None = None, meta: Any = None, state: TrainState | None = None, batch: Any = None
+    ) -> Requirements:
+        """Decides the requirements for meta-learning (Gimli, section 2.4) on the captured programs.
+
+        Args:
+            hyper: hyperparameters; those that require a gradient are those to be learned. The live ones by default.
+            meta: the third argument of the loss.
+            state: where training starts; `init()` by default.
+            batch: a batch to capture the loss on. By default the loss that `step` captured last.
+
+        Returns:
+            The verdicts, with the operators and source lines that cut gradients; print it to read it.
+        """
+        values = self._hyper_values(hyper)
+        start = self.init() if state is None else state
+        captured = capture_for_requirements(self._losses, self._updates, start, values, self._trained, batch, meta)
+        wanted = [path for path, value in values.items() if hyper is not None and is_differentiated(value)]
+        return decide_requirements(captured, [*self.hyperparameters().by_path()], wanted)
 
     def report(self) -> list[Baked]:
         """Returns the numbers that are constants of the captured programs, each with the line that made it one."""

@@ -139,7 +139,7 @@ def _allclose(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _detach(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
-    if mode.recorder.region is Region.LOSS and not mode.recorder._paused:
+    if mode.recorder.region is Region.LOSS:
         mode.recorder.mark_stop(out)
     return out
 

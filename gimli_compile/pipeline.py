@@ -49,7 +49,7 @@ def first_order(program: Program) -> Program:
 
 def lower(program: Program, passes: tuple[Pass, ...]) -> Program:
     """Applies the passes, each verified, and names the results."""
-    program = apply_passes(program, passes, verify)
+    program = apply_passes(program, passes, verify).tidied()
     for slot, node in zip(program.results, program.returned, strict=True):
         if slot.role in CARRIED and node.op == "call_function" and not node.name.endswith("_next"):
             node._rename(slot.result_name)

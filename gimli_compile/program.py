@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import networkx as nx
 import torch
 from torch import fx
 
+from gimli_compile import drawing
+from gimli_compile.metadata import operator_name
 from gimli_compile.printing import print_program, run_namespace
 from gimli_compile.slot import Role, Slot
 from gimli_compile.transforms import in_every_lane
@@ -84,6 +88,18 @@ class Program:
     def __repr__(self) -> str:
         return f"Program({self.title!r}, {len(self.graph.nodes)} nodes)"
 
+    def to_networkx(self) -> nx.DiGraph:
+        """Returns the data flow as a directed graph: see `gimli_compile.drawing.to_networkx`."""
+        return drawing.to_networkx(self)
+
+    def save_svg(self, path: str | os.PathLike[str]) -> None:
+        """Draws the data flow into an SVG file."""
+        drawing.save_svg(self, path)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page with the drawing beside the program's text."""
+        drawing.save_html(self, path)
+
     @property
     def placeholders(self) -> list[fx.Node]:
         """The input nodes, in the order of `inputs`."""
@@ -115,6 +131,24 @@ class Program:
             copied = env[node] = graph.node_copy(node, env.__getitem__)
             copied.meta = dict(node.meta)
         return replace(self, graph=graph, **changes)  # type: ignore[arg-type]
+
+
+    def tidied(self) -> Program:
+        """Returns a copy without calls that nothing uses, its nodes numbered in order."""
+        live = {self.output}
+        for node in reversed(list(self.graph.nodes)):
+            if node in live:
+                live.update(node.all_input_nodes)
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in live:
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            name = operator_name(node.target) if node.op == "call_function" else node.name
+            env[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)
+            env[node].meta = dict(node.meta)
+        return replace(self, graph=graph)
 
 
 def apply_passes(program: Program, passes: Sequence[Pass], check: Callable[[Program], None]) -> Program:

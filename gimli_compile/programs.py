@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import networkx as nx
 from torch import fx
 
 from gimli_compile.composition import compose
@@ -34,6 +36,18 @@ class Family:
     def graph(self) -> fx.Graph:
         """The fx graph of the variant captured last."""
         return self.latest.graph
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Returns the data flow of the variant captured last as a directed graph."""
+        return self.latest.to_networkx()
+
+    def save_svg(self, path: str | os.PathLike[str]) -> None:
+        """Draws the variant captured last into an SVG file."""
+        self.latest.save_svg(path)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes a page with the drawing of the variant captured last beside its text."""
+        self.latest.save_html(path)
 
     def __len__(self) -> int:
         return len(self.variants)

@@ -269,7 +269,10 @@ class Recorder(TorchDispatchMode):
     def mark_stop(self, tensor: torch.Tensor) -> None:
         """Says that the user's code stops the gradient at this tensor."""
         node = self._nodes.get(tensor)
-        if node is not None:
+        last = next(iter(reversed(self.graph.nodes)), None)
+        if last is not None and last.target is aten.detach_.default:
+            last.meta["stop"] = True
+        elif node is not None:
             node.meta["stop"] = True
 
     # ------------------------------------------------------------------ refusals

@@ -49,4 +49,5 @@ def drop_unused_inputs(program: Program, *, roles: tuple[Role, ...] = tuple(Role
             kept.append(slot)
         else:
             copied.graph.erase_node(node)
-    return replace(copied, inputs=tuple(kept))
+    draws = {slot: draw for slot, draw in copied.draws.items() if slot in kept}
+    return replace(copied, inputs=tuple(kept), draws=draws)

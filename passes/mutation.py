@@ -13,6 +13,7 @@ from torch import fx
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import insert_call
 from gimli_compile.program import Program
+from gimli_compile.slot import Role, Slot
 
 aten = torch.ops.aten
 _DUNDERS = {
@@ -38,7 +39,16 @@ def functionalize(program: Program) -> Program:
         return (a,)                               select_scatter = aten.select_scatter.default(a, mul, 0, 1)
                                                   return (select_scatter,)
     """
+    if not any(map(_is_pending, program.graph.nodes)):
+        return program.copy(stage="functional")
     return _Rewrite(program).run()
+
+
+def _is_pending(node: fx.Node) -> bool:
+    """Tells whether there is something to rewrite: a write, or a gradient that is to be stopped."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.is_mutable or (bool(node.meta.get("stop")) and node.target is not aten.detach.default)
 
 
 @dataclass
@@ -59,6 +69,12 @@ class _View:
     like: fx.Node
     part: int | None = None
 
+    @property
+    def form(self) -> torch.Tensor:
+        """What the view looks like."""
+        val = self.like.meta["val"]
+        return val if self.part is None else val[self.part]
+
 
 @dataclass
 class _Alias:
@@ -76,6 +92,8 @@ class _Rewrite:
         self.graph = fx.Graph()
         self.aliases: dict[fx.Node, _Alias] = {}
         self.parts: dict[fx.Node, Any] = {}
+        self.slots: dict[fx.Node, Slot] = {}
+        self.connected: dict[fx.Node, bool] = {}
 
     def run(self) -> Program:
         for node in self.program.graph.nodes:
@@ -83,17 +101,20 @@ class _Rewrite:
                 self.graph.output(fx.map_arg(node.args[0], self.read))
             elif node.op == "placeholder":
                 self._own(node, self._copy(node))
+                self.slots[self.aliases[node].node] = self.program.inputs[len(self.slots)]
             elif node.target is operator.getitem:
                 self._take_part(node)
             else:
                 self._call(node)
-        return replace(self.program, graph=self.graph, stage="functional")
+        return replace(self.program, graph=self.graph, stage="functional").tidied()
 
     # ------------------------------------------------------------------ values
 
     def _copy(self, node: fx.Node) -> fx.Node:
         copied = self.graph.node_copy(node, self.read)
         copied.meta = dict(node.meta)
+        if node.target is not aten.detach.default:
+            copied.meta["stop"] = False
         return copied
 
     def _own(self, node: fx.Node, value: fx.Node) -> None:
@@ -109,27 +130,59 @@ class _Rewrite:
             alias.node, alias.version = value, alias.storage.version
         return alias.node
 
-    def _write(self, node: fx.Node, value: fx.Node) -> None:
+    def _write(self, node: fx.Node, value: fx.Node, writer: fx.Node, *, kept: bool = False) -> None:
+        """Makes `value` the present value of a tensor; `kept` keeps the derivative of the value before."""
         alias = self.aliases[node]
-        old = self.read(node)
-        value = self._fit(value, old.meta["val"], node)
-        if node.meta.get("stop"):
-            value = self._stopped(value, node)
-        alias.storage.value = self._put(alias.chain, alias.storage.value, value)
+        form = node.meta["val"] if node is writer or not isinstance(writer.meta["val"], torch.Tensor) else writer.meta["val"]
+        value = self._fit(value, form, writer)
+        whole = alias.storage.value
+        alias.storage.value = self._put(alias.chain, lambda: whole, whole.meta["val"], value, writer)
         alias.storage.version += 1
-        alias.node, alias.version = value, alias.storage.version
+        if kept:
+            alias.storage.value = self._with_derivative_of(whole, alias.storage.value, writer)
+        elif alias.chain or value is alias.storage.value:
+            alias.node, alias.version = value, alias.storage.version
 
-    def _put(self, chain: tuple[_View, ...], base: fx.Node, value: fx.Node) -> fx.Node:
-        """Returns `base` with the part that the views of `chain` show replaced by `value`."""
+    def _put(
+        self, chain: tuple[_View, ...], base: Callable[[], fx.Node], form: torch.Tensor, value: fx.Node, writer: fx.Node
+    ) -> fx.Node:
+        """Returns `base`, of the form `form`, with the part that the views of `chain` show replaced by `value`."""
         if not chain:
             return value
-        if len(chain) > 1:
-            value = self._put(chain[1:], self._apply(chain[0], base), value)
-        return self._scatter(chain[0], base, value)
+        first, rest = chain[0], chain[1:]
+        if rest:
+            value = self._put(rest, lambda: self._apply(first, base()), first.form, value, writer)
+        return self._scatter(first, base, form, value, writer)
+
+    def _with_derivative_of(self, old: fx.Node, value: fx.Node, writer: fx.Node) -> fx.Node:
+        """A write under `no_grad` changes the value and not the derivative: eager autograd does not see it."""
+        value = self._stopped(value, writer)
+        if not old.meta["val"].is_floating_point() or not self._is_connected(old):
+            return value
+        nothing = self._insert(aten.sub.Tensor, (old, self._stopped(old, writer)), {}, writer)
+        return self._insert(aten.add.Tensor, (value, nothing), {}, writer)
+
+    def _is_connected(self, node: fx.Node) -> bool:
+        """Tells whether a value may have a derivative: whether it depends on more than buffers, draws and constants."""
+        if node not in self.connected:
+            slot = self.slots.get(node)
+            if slot is not None:
+                self.connected[node] = slot.role not in (Role.BUFFER, Role.NOISE, Role.CONSTANT)
+            elif node.target is aten.detach.default and node.meta.get("stop"):
+                self.connected[node] = False
+            else:
+                self.connected[node] = any(map(self._is_connected, node.all_input_nodes))
+        return self.connected[node]
 
     def _apply(self, view: _View, base: fx.Node) -> fx.Node:
+        if view.target is aten.as_strided.default and base.target is not aten.clone.default:
+            base = self._insert(aten.clone.default, (base,), {"memory_format": torch.contiguous_format}, view.like)
         made = self._insert(view.target, (base, *view.args), view.kwargs, view.like)
-        made.meta["stop"] = view.like.meta.get("stop", False)
+        stop = view.like.meta.get("stop", False)
+        if stop and view.target is aten.detach.default:
+            made.meta["stop"] = True
+        elif stop and view.part is None:
+            made = self._stopped(made, view.like)
         return made if view.part is None else self._insert(operator.getitem, (made, view.part), {}, view.like)
 
     def _insert(self, target: Any, args: Any, kwargs: Any, like: fx.Node) -> fx.Node:
@@ -173,8 +226,8 @@ class _Rewrite:
         made = self.parts[source]
         if isinstance(made, _Alias):  # several views of one tensor
             view = replace(made.chain[-1], part=index)
-            alias = _Alias(made.storage, (*made.chain[:-1], view), made.node, -1)
-            self.aliases[node] = alias
+            self.aliases[node] = _Alias(made.storage, (*made.chain[:-1], view), made.node, -1)
+            self.read(node)
             return
         if isinstance(made, dict):  # an operator that also wrote to its arguments
             self.aliases[node] = made[index]
@@ -188,13 +241,25 @@ class _Rewrite:
         alias = self.aliases[source]
         view = _View(node.target, fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
         storage, chain = alias.storage, (*alias.chain, view)
+        if node.target is aten.as_strided.default:
+            self._strided_view(node, alias, view)
+            return
         if not isinstance(node.meta["val"], torch.Tensor):
-            self.parts[node] = _Alias(storage, chain, self.read(source), -1)
+            self.parts[node] = _Alias(storage, chain, storage.value, -1)
             return
         made = self._apply(view, self.read(source))
-        if node.meta.get("stop") and node.target is not aten.detach.default:
-            made = self._stopped(made, node)
         self.aliases[node] = _Alias(storage, chain, made, storage.version)
+
+    def _strided_view(self, node: fx.Node, alias: _Alias, view: _View) -> None:
+        """`as_strided` counts in the memory of the whole storage, whatever view it is called on."""
+        whole = alias.storage.value.meta["val"]
+        if not whole.is_contiguous():
+            raise _no_functional_form(node)
+        size, stride, *rest = view.args
+        offset = rest[0] if rest and rest[0] is not None else node.args[0].meta.get("offset", 0)
+        view = replace(view, args=(size, stride, offset))
+        self.aliases[node] = _Alias(alias.storage, (view,), alias.storage.value, -1)
+        self.read(node)
 
     def _call_mutable(self, node: fx.Node) -> None:
         if node.target is aten._native_batch_norm_legit.default:
@@ -206,33 +271,30 @@ class _Rewrite:
             self._view_in_place(node, written)
             return
         args = fx.map_arg(node.args, self.read)
-        kwargs = fx.map_arg(node.kwargs, self.read)
-        if name == "copy_":
-            value = args[1]
-        elif name == "detach_":
-            value = args[0]
-        elif name == "zero_":
-            value = self._insert(aten.zeros_like.default, args, {}, node)
-        elif name == "fill_":
-            value = args[1] if isinstance(args[1], fx.Node) else None
-            value = value or self._insert(aten.full_like.default, args, {}, node)
+        kwargs = {key: value for key, value in fx.map_arg(node.kwargs, self.read).items() if key != "out"}
+        stop = bool(node.meta.get("stop"))
+        if name == "detach_":
+            value = self._stopped(args[0], node) if stop else args[0]
         else:
-            target = _out_of_place(node)
-            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-            value = self._insert(target, args, kwargs, node)
-        if node.meta.get("stop"):
-            value = self._stopped(value, node)
-        self._write(written, value)
+            value = self._written_value(node, name, args, kwargs)
+        self._write(written, value, node, kept=stop and name != "detach_")
         self.aliases[node] = self.aliases[written]
+
+    def _written_value(self, node: fx.Node, name: str, args: Any, kwargs: Any) -> fx.Node:
+        if name == "copy_":
+            return args[1]
+        if name == "zero_":
+            return self._insert(aten.zeros_like.default, args, {}, node)
+        if name == "fill_":
+            value = args[1]
+            return value if isinstance(value, fx.Node) else self._insert(aten.full_like.default, args, {}, node)
+        return self._insert(_out_of_place(node), args, kwargs, node)
 
     def _view_in_place(self, node: fx.Node, written: fx.Node) -> None:
         """`unsqueeze_` and its kin change what a tensor shows, not its values."""
         alias = self.aliases[written]
         view = _View(_out_of_place(node), fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
-        made = self._apply(view, self.read(written))
-        self.aliases[written] = self.aliases[node] = _Alias(
-            alias.storage, (*alias.chain, view), made, alias.storage.version
-        )
+        self.aliases[written] = self.aliases[node] = _Alias(alias.storage, (*alias.chain, view), alias.storage.value, -1)
 
     def _call_batch_norm(self, node: fx.Node) -> None:
         """Running statistics carry no gradient, in eager code as here."""
@@ -246,23 +308,26 @@ class _Rewrite:
             if index < 3:
                 results[index] = _Alias(_Storage(part), (), part, 0)
             else:
-                self._write(node.args[index], part)
+                self._write(node.args[index], part, node)
         self.parts[node] = results
 
     # ------------------------------------------------------------------ writes through views
 
-    def _scatter(self, view: _View, base: fx.Node, value: fx.Node) -> fx.Node:
-        target, like = view.target, view.like
+    def _scatter(
+        self, view: _View, base: Callable[[], fx.Node], form: torch.Tensor, value: fx.Node, like: fx.Node
+    ) -> fx.Node:
+        target = view.target
         if target in _SAME:
             return value
         if target in _RESHAPES:
-            shape = list(base.meta["val"].shape)
-            return self._insert(aten.reshape.default, (value, shape), {}, like)
+            return self._insert(aten.reshape.default, (value, list(form.shape)), {}, like)
         if target in (aten.t.default, aten.transpose.int):
             return self._insert(target, (value, *view.args), {}, like)
         if target is aten.permute.default:
             order = [dim % len(view.args[0]) for dim in view.args[0]]
             return self._insert(target, (value, [order.index(dim) for dim in range(len(order))]), {}, like)
+        if target is aten.as_strided.default:
+            return _put_strided(self, view, base(), value, like)
         scatter = _SCATTERS.get(target)
         if scatter is None:
             raise CaptureError(
@@ -273,47 +338,59 @@ class _Rewrite:
                     "Write to the whole tensor, or through a slice of it.",
                 )
             )
-        operator_, args, kwargs = scatter(view, base)
-        return self._insert(operator_, (base, value, *args), kwargs, like)
+        operator_, args, kwargs = scatter(view, form)
+        return self._insert(operator_, (base(), value, *args), kwargs, like)
 
 
-def _select(view: _View, base: fx.Node) -> Any:
+def _put_strided(self: _Rewrite, view: _View, base: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
+    """Writes to the places of a strided view, counted in the flat tensor."""
+    size, stride, offset = view.args
+    device = base.meta["val"].device
+    place: Any = offset
+    for index, (count, step) in enumerate(zip(size, stride, strict=True)):
+        shape = [1] * len(size)
+        shape[index] = count
+        along = self._insert(aten.arange.default, (count,), {"device": device}, like)
+        along = self._insert(aten.mul.Tensor, (along, step), {}, like)
+        along = self._insert(aten.reshape.default, (along, shape), {}, like)
+        place = self._insert(aten.add.Tensor, (along, place), {}, like)
+    flat = self._insert(aten.reshape.default, (base, [-1]), {}, like)
+    written = self._insert(aten.index_put.default, (flat, [place], value), {}, like)
+    return self._insert(aten.reshape.default, (written, list(base.meta["val"].shape)), {}, like)
+
+
+def _select(view: _View, form: torch.Tensor) -> Any:
     return aten.select_scatter.default, view.args, {}
 
 
-def _slice(view: _View, base: fx.Node) -> Any:
+def _slice(view: _View, form: torch.Tensor) -> Any:
     return aten.slice_scatter.default, view.args, view.kwargs
 
 
-def _diagonal(view: _View, base: fx.Node) -> Any:
+def _diagonal(view: _View, form: torch.Tensor) -> Any:
     return aten.diagonal_scatter.default, view.args, view.kwargs
 
 
-def _strided(view: _View, base: fx.Node) -> Any:
-    return aten.as_strided_scatter.default, view.args, view.kwargs
-
-
-def _unbound(view: _View, base: fx.Node) -> Any:
+def _unbound(view: _View, form: torch.Tensor) -> Any:
     return aten.select_scatter.default, (view.args[0] if view.args else 0, view.part), {}
 
 
-def _split(view: _View, base: fx.Node) -> Any:
+def _split(view: _View, form: torch.Tensor) -> Any:
     dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
     sizes = view.args[0]
     if isinstance(sizes, int):
         start = sizes * view.part  # type: ignore[operator]
-        end = min(start + sizes, base.meta["val"].shape[dim])
+        end = min(start + sizes, form.shape[dim])
     else:
         start = sum(sizes[: view.part])
         end = start + sizes[view.part]
     return aten.slice_scatter.default, (dim, start, end), {}
 
 
-_SCATTERS: dict[Any, Callable[[_View, fx.Node], Any]] = {
+_SCATTERS: dict[Any, Callable[[_View, torch.Tensor], Any]] = {
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.diagonal.default: _diagonal,
-    aten.as_strided.default: _strided,
     aten.unbind.int: _unbound,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from recorded import record
-from torch import fx
 
 from gimli_compile.checker import verify
 from gimli_compile.errors import ProgramError

@@ -79,7 +79,9 @@ def evaluating():
 
 
 def without_running_statistics():
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(32, 2))
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(32, 2)
+    )
 
 
 class Tied(nn.Module):
@@ -272,7 +274,10 @@ TRAININGS = {
     "partly": Training(Partly, sgd, squared_error, regression(3)),
     "listed": Training(Listed, sgd, squared_error, regression(3)),
     "layer_norm": Training(
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 2)), sgd, squared_error, regression(3)
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 2)),
+        sgd,
+        squared_error,
+        regression(3),
     ),
     "group_norm": Training(
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 2)),
@@ -282,7 +287,10 @@ TRAININGS = {
     ),
     "instance_norm": Training(
         lambda: nn.Sequential(
-            nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(32, 2)
+            nn.Conv2d(1, 2, 3),
+            nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(32, 2),
         ),
         sgd,
         cross_entropy,
@@ -326,7 +334,9 @@ def test_forward_equals_the_model(name):
     called = fn(state, x)
     untouched.check()
     expected = model(x)
-    assert_equal_tensors({"out": out, "again": again, "called": called}, dict.fromkeys(("out", "again", "called"), expected))
+    assert_equal_tensors(
+        {"out": out, "again": again, "called": called}, dict.fromkeys(("out", "again", "called"), expected)
+    )
     assert_equal_tensors(buffers, dict(model.named_buffers()))
 
 
@@ -349,7 +359,9 @@ def test_forward_takes_and_returns_structures():
     x, mask = normal(4, 3), normal(4, 2, seed=1)
     for options in ({}, {"scale": 2.0}, {"scale": normal(2, seed=2), "mask": mask}):
         got, expected = fn(state, {"x": x}, **options), model({"x": x}, **options)
-        assert_equal_tensors({"out": got["out"], "mean": got["rest"][0]}, {"out": expected["out"], "mean": expected["rest"][0]})
+        assert_equal_tensors(
+            {"out": got["out"], "mean": got["rest"][0]}, {"out": expected["out"], "mean": expected["rest"][0]}
+        )
         assert got["rest"][1:] == expected["rest"][1:]
 
 
@@ -420,7 +432,7 @@ def test_dropout_draws_the_sequence_of_eager(optimizer):
 
 def test_dropout_draws_anew_in_every_step():
     training = replace(DROPOUT, batches=[DROPOUT.batches[0]] * 3)
-    model, optimizer, fn = training.functionalized()
+    model, _optimizer, fn = training.functionalized()
     same = fn.init()
     torch.manual_seed(0)
     losses = [float(fn.step(same, training.batches[0])[1]) for _ in range(3)]
@@ -432,7 +444,7 @@ def test_dropout_draws_anew_in_every_step():
 
 @pytest.mark.parametrize("checkpoint", ["step", 2, "sqrt"])
 def test_recomputation_uses_the_same_draws(checkpoint):
-    model, optimizer, fn = DROPOUT.functionalized()
+    _model, _optimizer, fn = DROPOUT.functionalized()
     _, expected = unrolled_gradients(DROPOUT, fn)
     _, got = unrolled_gradients(DROPOUT, fn, checkpoint=checkpoint)
     assert_close_gradients(got, expected, tolerance=1e-14)  # sums over steps are taken in another order

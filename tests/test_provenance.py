@@ -70,7 +70,14 @@ def test_operators_know_their_lines():
 
 def test_library_lines_below_site_packages():
     def function(x):
-        options = {"weight_decay": 0.1, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False, "maximize": False}
+        options = {
+            "weight_decay": 0.1,
+            "momentum": 0.0,
+            "lr": 0.1,
+            "dampening": 0.0,
+            "nesterov": False,
+            "maximize": False,
+        }
         with torch.no_grad():
             sgd([x], [x * 2], [None], foreach=False, **options)
 

@@ -19,7 +19,9 @@ def optimizer_code(x, y):
 def test_detach_of_an_optimizer_goes(check_pass):
     program = record(optimizer_code, {"x": X, "y": X + 1})
     made = check_pass(reconnect_gradients, program, same_derivatives=False)
-    assert_expected_inline(text(made), """\
+    assert_expected_inline(
+        text(made),
+        """\
 # a recorded function
 def function(
     state_x,  # f64[2, 3]
@@ -31,7 +33,8 @@ def function(
         mul,
         state_y,
     )
-""")
+""",
+    )
 
 
 def test_derivatives_are_those_of_the_code_without_detach(check_pass):
@@ -99,5 +102,7 @@ def test_casts_stay(check_pass):
 
 
 def test_a_chain_of_copies_ends_at_the_input(check_pass):
-    made = check_pass(reconnect_gradients, record(lambda x: x.clone().detach().clone(), {"x": X}), same_derivatives=False)
+    made = check_pass(
+        reconnect_gradients, record(lambda x: x.clone().detach().clone(), {"x": X}), same_derivatives=False
+    )
     assert made.returned[0] is made.placeholders[0]

@@ -18,7 +18,9 @@ def test_what_reaches_no_result_goes(check_pass):
         return torch.sin(x)
 
     program = record(function, {"x": X, "y": X + 1})
-    assert_expected_inline(text(check_pass(eliminate_dead_code, program)), """\
+    assert_expected_inline(
+        text(check_pass(eliminate_dead_code, program)),
+        """\
 # a recorded function
 def function(
     state_x,  # f64[2, 3]
@@ -29,7 +31,8 @@ def function(
     return (
         sin,
     )
-""")
+""",
+    )
 
 
 def test_live_code_stays(check_pass):

@@ -13,7 +13,7 @@ from gimli_compile.errors import CaptureError
 from gimli_compile.passes.mutation import functionalize
 from gimli_compile.recording import Region
 
-X = 0.5 + torch.arange(16, dtype=torch.float64).reshape(4, 4) / 8    # sums of products are exact, in any order
+X = 0.5 + torch.arange(16, dtype=torch.float64).reshape(4, 4) / 8  # sums of products are exact, in any order
 Y = torch.arange(16, dtype=torch.float64).reshape(4, 4) / 8 - 0.9375
 COLUMN = 1 + torch.arange(4, dtype=torch.float64).reshape(4, 1) / 4
 
@@ -70,7 +70,9 @@ def test_a_write_through_a_row(check):
         row = a[1]
         row.mul_(b)
 
-    assert_expected_inline(text(check(function, a=X, b=COLUMN[:, 0])), """\
+    assert_expected_inline(
+        text(check(function, a=X, b=COLUMN[:, 0])),
+        """\
 # a recorded function
 def function(
     state_a,  # f64[4, 4]
@@ -80,12 +82,12 @@ def function(
     select = aten.select.int(state_a, 0, 1)  # f64[4]
     # row.mul_(b)
     mul = aten.mul.Tensor(select, state_b)  # f64[4]
-    # row = a[1]
     select_scatter = aten.select_scatter.default(state_a, mul, 0, 1)  # f64[4, 4]
     return (
         select_scatter,
     )
-""")
+""",
+    )
 
 
 def test_a_copy_with_cast_and_broadcast(check):
@@ -93,24 +95,26 @@ def test_a_copy_with_cast_and_broadcast(check):
         a.t().copy_(b)
         return a + 1
 
-    assert_expected_inline(text(check(function, a=X.to(torch.float32), b=COLUMN, tolerance=1e-6)), """\
+    assert_expected_inline(
+        text(check(function, a=X.to(torch.float32), b=COLUMN, tolerance=1e-6)),
+        """\
 # a recorded function
 def function(
     state_a,  # f32[4, 4]
     state_b,  # f64[4, 1]
 ):
     # a.t().copy_(b)
-    t = aten.t.default(state_a)  # f32[4, 4]
     _to_copy = aten._to_copy.default(state_b, dtype=torch.float32)  # f32[4, 1]
     expand = aten.expand.default(_to_copy, [4, 4])  # f32[4, 4]
-    t_1 = aten.t.default(expand)  # f32[4, 4]
+    t = aten.t.default(expand)  # f32[4, 4]
     # return a + 1
-    add = aten.add.Tensor(t_1, 1)  # f32[4, 4]
+    add = aten.add.Tensor(t, 1)  # f32[4, 4]
     return (
         add,
-        t_1,
+        t,
     )
-""")
+""",
+    )
 
 
 def test_pure_programs_stay(check):
@@ -673,4 +677,4 @@ def random_function(seed):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_programs_equal_eager(check, seed):
-    check(random_function(seed), x=X[:3], y=Y[:, :3].contiguous(), tolerance=1e-6)    # some writes cast to float32
+    check(random_function(seed), x=X[:3], y=Y[:, :3].contiguous(), tolerance=1e-6)  # some writes cast to float32

@@ -21,7 +21,9 @@ def gradient_program():
 
 def test_gradients_are_constants(check_pass):
     made = check_pass(stop_inner_gradients, gradient_program(), same_derivatives=False)
-    assert_expected_inline(text(made), """\
+    assert_expected_inline(
+        text(made),
+        """\
 # a recorded function
 def function(
     state_x,  # f64[3]
@@ -37,7 +39,8 @@ def function(
         sum_1,
         detach,
     )
-""")
+""",
+    )
 
 
 def test_the_loss_keeps_its_derivatives(check_pass):

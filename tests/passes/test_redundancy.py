@@ -20,7 +20,9 @@ def test_equal_calls_become_one(check_pass):
         return first + second, torch.sin(y)
 
     program = record(function, {"x": X, "y": X + 1})
-    assert_expected_inline(text(check_pass(merge_common_subexpressions, program)), """\
+    assert_expected_inline(
+        text(check_pass(merge_common_subexpressions, program)),
+        """\
 # a recorded function
 def function(
     state_x,  # f64[2, 3]
@@ -36,7 +38,8 @@ def function(
         add,
         sin_2,
     )
-""")
+""",
+    )
 
 
 def test_parts_of_equal_calls_become_one(check_pass):
@@ -62,7 +65,9 @@ def unchanged(check_pass, function, **tensors):
 
 
 def test_different_calls_stay(check_pass):
-    unchanged(check_pass, lambda x, y: (torch.sub(x, y), torch.sub(y, x), x.sum(0), x.sum(1), x.sum((0, 1))), x=X, y=X + 1)
+    unchanged(
+        check_pass, lambda x, y: (torch.sub(x, y), torch.sub(y, x), x.sum(0), x.sum(1), x.sum((0, 1))), x=X, y=X + 1
+    )
 
 
 def test_numbers_of_different_kinds_stay(check_pass):

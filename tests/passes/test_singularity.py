@@ -14,7 +14,9 @@ WITH_ZEROS = torch.tensor([0.25, 0.0, 2.0, 0.0], dtype=torch.float64)
 
 def test_square_roots(check_pass):
     program = record(lambda v, x: x / (torch.sqrt(v) + 1e-8), {"v": V, "x": V})
-    assert_expected_inline(text(check_pass(guard_zeros, program, at={"v": V})), """\
+    assert_expected_inline(
+        text(check_pass(guard_zeros, program, at={"v": V})),
+        """\
 # a recorded function
 def function(
     state_v,  # f64[4]
@@ -30,13 +32,16 @@ def function(
     return (
         div,
     )
-""")
+""",
+    )
 
 
 def test_powers_with_a_number(check_pass):
     program = record(lambda v, n: v**n, {"v": V}, numbers={"n": 0.25})
     made = check_pass(guard_zeros, program, at={"v": V, "n": torch.tensor(0.25, dtype=torch.float64)})
-    assert_expected_inline(text(made), """\
+    assert_expected_inline(
+        text(made),
+        """\
 # a recorded function
 def function(
     state_v,  # f64[4]
@@ -54,7 +59,8 @@ def function(
     return (
         masked_fill_1,
     )
-""")
+""",
+    )
 
 
 def step(v, grad):

@@ -262,7 +262,9 @@ class Inputs:
 
 def differentiable_inputs(training, fn):
     """Returns copies of everything that an unroll starts from, all of it requiring a gradient."""
-    meta, batches = pytree.tree_map(lambda leaf: leaf.detach().clone() if is_floating(leaf) else leaf, (training.meta, training.batches))
+    meta, batches = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if is_floating(leaf) else leaf, (training.meta, training.batches)
+    )
     inputs = Inputs(fn.init(), fn.hyperparameters(), meta, batches)
     for leaf in inputs.named().values():
         leaf.requires_grad_()
@@ -299,7 +301,7 @@ def check_gradients(training, hypers=(), skip=(), fn=None, batch=True, **options
 
 
 def slope_error(slope, function, scale=0.1):
-    expected = finite_difference(function, scale)
+    expected = finite_difference(function, scale, lowest=5e-6 * scale)
     return abs(slope - expected) / max(abs(slope), abs(expected), 1e-3)
 
 
@@ -348,7 +350,9 @@ def tree_error(training, what, grads):
 # ---------------------------------------------------------------------- loops written by hand
 
 
-def sgd_by_hand(training, params, batches, meta, *, lr, momentum=0.0, weight_decay=0.0, truncate=None, order=2, trained=None):
+def sgd_by_hand(
+    training, params, batches, meta, *, lr, momentum=0.0, weight_decay=0.0, truncate=None, order=2, trained=None
+):
     """Trains with SGD in plain tensor arithmetic and `create_graph`; returns the last parameters and the losses.
 
     `lr` is a number, a tensor, or a dict with one for each parameter.
@@ -364,7 +368,9 @@ def sgd_by_hand(training, params, batches, meta, *, lr, momentum=0.0, weight_dec
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
             velocity = {name: v.detach() for name, v in velocity.items()}
             losses = [loss.detach() for loss in losses]
-        params = {name: p if p.requires_grad else p.detach().requires_grad_(name in trained) for name, p in params.items()}
+        params = {
+            name: p if p.requires_grad else p.detach().requires_grad_(name in trained) for name, p in params.items()
+        }
         with _reparametrize_module(model, {**params, **buffers}, tie_weights=True):
             loss = training.loss_of(model, batch, meta)
         grads = torch.autograd.grad(

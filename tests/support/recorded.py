@@ -35,7 +35,7 @@ def trace(function, tensors=None, numbers=None, *, region=Region.OPTIMIZER, arou
     """Calls `function` with copies of named tensors and with concolic numbers, and records what it does.
 
     Results of the program: the tensors and numbers that the function returned (`output[0]`...), the final value of
-    every tensor that it changed (`state[name]`), and the guards. `around` is a context that the call runs in.
+    every tensor that it changed (`state[name]`), and the guards. `around` makes a context, from the recorder, that the call runs in.
     """
     recorder = Recorder("test")
     given, made = {}, {}
@@ -48,7 +48,7 @@ def trace(function, tensors=None, numbers=None, *, region=Region.OPTIMIZER, arou
         made[name] = make_number(value, tensor, recorder)
     versions = {name: value._version for name, value in given.items()}
     mode = Interception(recorder) if numbers is not None else nullcontext()
-    with around(), recorder, recorder.in_region(region), mode:
+    with around(recorder), recorder, recorder.in_region(region), mode:
         value = function(**given, **made)
     results = {}
     with recorder, torch.no_grad():
@@ -151,7 +151,9 @@ def assert_same(found, expected, *, tolerance=0.0):
     for name, value in expected.items():
         finite = value.detach().double()[value.isfinite()].abs()
         allowed = tolerance * max(1.0, finite.max().item()) if finite.numel() else 0.0
-        torch.testing.assert_close(found[name], value, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def text(program):

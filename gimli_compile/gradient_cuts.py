@@ -1,0 +1,106 @@
+"""Which operators pass a gradient on, argument by argument."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from gimli_compile.metadata import operator_name
+
+
+class Passage(enum.Enum):
+    """What of an argument reaches a result: the gradient too, the value alone, or nothing but its form."""
+
+    GRADIENT = "the result depends on it differentiably"
+    VALUE = "the result depends on it, but its derivative is zero or does not exist"
+    FORM = "the result depends on its shape and dtype alone"
+
+
+_PIECEWISE_CONSTANT = frozenset(
+    "sign sgn round floor ceil trunc fix heaviside floor_divide bucketize searchsorted histc one_hot".split()
+)
+_FORM_ONLY = frozenset("zeros_like ones_like empty_like full_like rand_like randn_like".split()) | frozenset(
+    "new_zeros new_ones new_empty new_full new_empty_strided".split()
+)
+# Arguments whose value is used and whose derivative is zero, and arguments of which only the form counts.
+_VALUE_ARGUMENTS = {
+    "copysign": {1},
+    "threshold_backward": {1},
+    "hardtanh_backward": {1},
+    "leaky_relu_backward": {1},
+    "hardsigmoid_backward": {1},
+    "hardshrink_backward": {1},
+    "softshrink_backward": {1},
+    "rrelu_with_noise_backward": {1},
+    "_prelu_kernel_backward": {1},
+    "max_pool2d_with_indices_backward": {1},
+    "nll_loss_backward": {1, 6},
+    "nll_loss2d_backward": {1, 6},
+}
+_FORM_ARGUMENTS = {
+    "fill": {0},
+    "copy": {0},
+    "avg_pool2d_backward": {1},
+    "avg_pool3d_backward": {1},
+    "_adaptive_avg_pool2d_backward": {1},
+    "_adaptive_avg_pool3d_backward": {1},
+    **{f"{kind}_pad{n}d_backward": {1} for kind in ("reflection", "replication") for n in (1, 2, 3)},
+}
+# Results of operators that return several: those that depend on the first argument's form alone.
+_FORM_RESULTS = {"nll_loss_forward": {1}, "nll_loss2d_forward": {1}}
+
+
+def arguments(node: fx.Node) -> Iterator[tuple[fx.Node, Passage]]:
+    """Yields the nodes that a call takes, each with what of it reaches the result; the best of several uses counts."""
+    found: dict[fx.Node, Passage] = {}
+    for position, argument in [*enumerate(node.args), *((None, value) for value in node.kwargs.values())]:
+        for leaf in tree_leaves(argument, is_leaf=lambda item: isinstance(item, fx.Node)):
+            if isinstance(leaf, fx.Node):
+                passage = _passage(node, position, leaf)
+                found[leaf] = min(passage, found.get(leaf, passage), key=list(Passage).index)
+    yield from found.items()
+
+
+def _passage(node: fx.Node, position: int | None, argument: fx.Node) -> Passage:
+    name = operator_name(node.target)
+    if node.target is operator.getitem:
+        form = node.args[1] in _FORM_RESULTS.get(operator_name(argument.target), ())
+        return Passage.FORM if form else _of_dtypes(node, argument)
+    if name in _FORM_ONLY or position in _FORM_ARGUMENTS.get(name, ()):
+        return Passage.FORM
+    if name in _PIECEWISE_CONSTANT or position in _VALUE_ARGUMENTS.get(name, ()) or _stops(node):
+        return Passage.VALUE
+    return _of_dtypes(node, argument)
+
+
+def _stops(node: fx.Node) -> bool:
+    """Tells whether a call is the user's stop-gradient, or a division that rounds."""
+    return bool(node.meta.get("stop")) or node.kwargs.get("rounding_mode") is not None
+
+
+def _of_dtypes(node: fx.Node, argument: fx.Node) -> Passage:
+    return Passage.GRADIENT if has_gradient(node) and has_gradient(argument) else Passage.VALUE
+
+
+def has_gradient(node: fx.Node) -> bool:
+    """Tells whether a node's value, or one of several, has a dtype that has derivatives."""
+    values: Any = tree_leaves(node.meta["val"])
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
+
+
+def is_notable(node: fx.Node) -> bool:
+    """Tells whether a call that cuts a gradient deserves mention where another path is left.
+
+    Conditions do not: within each branch the derivative is right. Nor do the inner derivatives of piecewise linear
+    functions.
+    """
+    if _stops(node) or operator_name(node.target) in _PIECEWISE_CONSTANT:
+        return True
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype is not torch.bool and not has_gradient(node)

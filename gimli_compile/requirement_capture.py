@@ -1,0 +1,63 @@
+"""Captures what the requirements are decided on: the loss on one batch, and the first and a later update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gimli_compile.loss_table import LossTable
+from gimli_compile.optimizer_view import UpdateInputs, made_up_gradient
+from gimli_compile.requirements import Captured
+from gimli_compile.slot import Slot
+from gimli_compile.state import TrainState
+from gimli_compile.transforms import is_differentiated, is_zero
+from gimli_compile.update_table import UpdateTable
+from gimli_compile.variant import UpdateVariant
+
+_STEPS = 2
+
+
+def capture_for_requirements(
+    losses: LossTable,
+    updates: UpdateTable,
+    state: TrainState,
+    hyper: Mapping[str, torch.Tensor],
+    trained: Sequence[str],
+    batch: Any = None,
+    meta: Any = None,
+) -> Captured:
+    """Takes two steps from `state` and returns the programs that they run.
+
+    Without a batch the gradients are made up, and the loss is the one captured last, if any was.
+    """
+    variants: list[UpdateVariant] = []
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.random.fork_rng():
+        for _ in range(_STEPS):
+            if batch is None:
+                grads: Mapping[str, Any] = {n: made_up_gradient(state.params[n], generator) for n in trained}
+                buffers = state.buffers
+            else:
+                _, grads, buffers = losses.gradient(state, batch, meta, list(trained), order=2, draws={})
+            inputs = UpdateInputs(state.params, grads, state.opt_state, hyper)
+            variant = _variant_for(updates, inputs)
+            variants += [variant] if variant not in variants else []
+            params, opt_state = updates.run(inputs)
+            state = TrainState(params, buffers, opt_state)
+    gradient = _gradient_of(losses, state, batch, meta, trained)
+    zeros = frozenset(path for path, value in hyper.items() if is_zero(value))
+    return Captured(updates.title, gradient, tuple(variants), tuple(trained), zeros)
+
+
+def _variant_for(updates: UpdateTable, inputs: UpdateInputs) -> UpdateVariant:
+    zeros = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value) and is_zero(value))
+    values: dict[Slot, torch.Tensor] = inputs.by_slot()
+    return updates.variant_for(inputs, values, zeros, [])
+
+
+def _gradient_of(losses: LossTable, state: TrainState, batch: Any, meta: Any, trained: Sequence[str]) -> Any:
+    if batch is not None:
+        return losses._gradient(state, batch, meta, list(trained)).exact
+    return list(losses.gradients.values())[-1].exact if losses.gradients else None
