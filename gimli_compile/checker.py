@@ -62,6 +62,9 @@ def _check_results(program: Program) -> Iterator[Fault]:
         yield program.output, f"{len(program.returned)} returned values for {len(program.results)} results"
     if len(set(program.results)) != len(program.results):
         yield program.output, "a result slot occurs twice"
+    for value in program.returned:
+        if not isinstance(value, fx.Node):
+            yield program.output, f"the result {value!r} is no node"
 
 
 def _check_arguments(program: Program) -> Iterator[Fault]:

@@ -37,8 +37,19 @@ class Number:
     def __deepcopy__(self, memo: Any) -> Number:
         return self
 
+    __array_ufunc__ = None  # NumPy scalars leave arithmetic with a number to the number
+
     def __hash__(self) -> int:
-        return hash(self.plain)
+        """Pins the value: a look-up in a dict or a set branches on it."""
+        value = self.plain
+        compare(operator.eq, self, value)
+        return hash(value)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other  # type: ignore[operator]
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self  # type: ignore[operator]
 
     def __bool__(self) -> bool:
         return compare(operator.ne, self, 0)
@@ -135,7 +146,9 @@ def binary(python: Callable[..., Any], on_tensors: Callable[..., Any], left: Any
 
 
 def _carried(value: Any) -> Any:
-    return value.tensor if isinstance(value, Number) else value
+    if isinstance(value, Number):
+        return value.tensor
+    return int(value) if isinstance(value, bool) else value
 
 
 def compare(python: Callable[..., bool], left: Any, right: Any) -> bool:
@@ -195,7 +208,17 @@ def _true_divide(left: Any, right: Any) -> torch.Tensor:
     return torch.div(left, right)
 
 
-_TENSOR_FORM: dict[Callable[..., Any], Callable[..., Any]] = {operator.truediv: _true_divide}
+def _floor_divide(left: Any, right: Any) -> torch.Tensor:
+    if not isinstance(left, torch.Tensor):
+        left = torch.full((), float(left), dtype=torch.float64)
+    return torch.div(left, right, rounding_mode="floor")
+
+
+_TENSOR_FORM: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.truediv: _true_divide,
+    operator.floordiv: _floor_divide,
+}
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
@@ -226,7 +249,23 @@ def _make_unary(python: Callable[..., Any], on_tensor: Callable[..., Any]) -> Ca
     return lambda self: unary(python, on_tensor, self)
 
 
+def _make_pinned(python: Callable[..., Any], *, swapped: bool) -> Callable[..., Any]:
+    """Bits of a counter: no tensor form, so that the value is pinned."""
+
+    def method(self: Any, other: Any) -> Any:
+        value, other = bake(self, "a number whose bits are used"), plain(other)
+        return python(other, value) if swapped else python(value, other)
+
+    return method
+
+
 def _install_methods() -> None:
+    for name in _BITWISE:
+        python = getattr(operator, f"{name}_" if name in ("and", "or") else name)
+        setattr(IntNumber, f"__{name}__", _make_pinned(python, swapped=False))
+        setattr(IntNumber, f"__r{name}__", _make_pinned(python, swapped=True))
+    for name in ("__invert__", "bit_length", "bit_count"):
+        setattr(IntNumber, name, lambda self, name=name: getattr(bake(self, "a number whose bits are used"), name)())
     unaries = {
         "__neg__": (operator.neg, torch.neg),
         "__pos__": (operator.pos, torch.positive),

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gimli_compile.recording import Recorder
@@ -32,10 +33,9 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
     What its `forward` computes inside runs without gradients and is recorded as such (its backward may have saved it),
     but the results are those of the one call, so that differentiating the program uses the function's own `backward`.
     """
-    original = torch.autograd.Function.__dict__["apply"]
 
     def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        out = original.__get__(None, kind)(*args, **kwargs)
+        out = super(_SingleLevelFunction, kind).apply(*args, **kwargs)  # type: ignore[misc]
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         reach = 0
         for tensor in tensors:
@@ -45,8 +45,9 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
             recorder.add_call(_call_of(kind), nodes, {}, out, override=True)
         return out
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign]
+    # `Function.apply`, also one that was bound before, asks this class for the call itself.
+    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        del _SingleLevelFunction.apply

@@ -15,7 +15,8 @@ header { display: flex; gap: 12px; align-items: center; padding: 8px 16px; backg
 header h1 { font-size: 14px; font-weight: 600; margin: 0; flex: 1; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; }
 header .hint { color: #64748b; white-space: nowrap; }
-button { font: inherit; padding: 2px 10px; border: 1px solid #cbd5e1; border-radius: 4px; background: #fff; cursor: pointer; }
+button { font: inherit; padding: 2px 10px; border: 1px solid #cbd5e1; border-radius: 4px; background: #fff;
+  cursor: pointer; }
 button:hover { background: #f1f5f9; }
 main { flex: 1; display: flex; min-height: 0; }
 #drawing { flex: 1; overflow: auto; min-width: 0; }

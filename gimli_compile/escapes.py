@@ -103,6 +103,15 @@ class Escapes:
 
         return function
 
+    def baking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A function without a tensor form: the numbers that it takes are pinned and reported."""
+
+        def function(*args: Any, **options: Any) -> Any:
+            what = f"a number passed to `{original.__name__}`"
+            return original(*(bake(arg, what) if isinstance(arg, Number) else arg for arg in args), **options)
+
+        return function
+
     def range(self, *args: Any) -> builtins.range:
         return builtins.range(*(bake(a, "a loop count") if isinstance(a, Number) else a for a in args))
 
@@ -111,6 +120,8 @@ class Escapes:
         read = self._read
 
         class Kind(type):
+            stands_for = original
+
             def __call__(cls, *args: Any, **options: Any) -> Any:
                 value = read(args[0]) if len(args) == 1 else None
                 return convert(value) if isinstance(value, Number) else original(*args, **options)
@@ -152,6 +163,9 @@ class Escapes:
             made[math, name] = self.binary(getattr(math, name), form)
         for name, form in _TESTS.items():
             made[math, name] = self.test(getattr(math, name), form)
+        for name, original in vars(math).items():
+            if callable(original) and not name.startswith("_") and (math, name) not in made:
+                made[math, name] = self.baking(original)
         for name, form in _NUMPY.items():
             made[np, name] = self.unary(getattr(np, name), form)
         for name, form in _NUMPY_BINARY.items():
@@ -159,13 +173,16 @@ class Escapes:
         return made
 
 
+_LOG = math.log
+
+
 def _with_base(original: Callable[..., Any], value: Any, rest: tuple[Any, ...]) -> Any:
     """Handles `math.log(x, base)`, the one function here with a second argument."""
-    if rest and original is math.log and (isinstance(value, Number) or isinstance(rest[0], Number)):
+    if rest and original is _LOG and (isinstance(value, Number) or isinstance(rest[0], Number)):
         base = rest[0]
         number = value if isinstance(value, Number) else base
         form = torch.log(_as_tensor(value)) / torch.log(_as_tensor(base))
-        return make_number(math.log(plain(value), plain(base)), form, number.recorder)
+        return make_number(_LOG(plain(value), plain(base)), form, number.recorder)
     return original(value, *rest)
 
 

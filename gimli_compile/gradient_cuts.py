@@ -52,31 +52,46 @@ _FORM_ARGUMENTS = {
     "_adaptive_avg_pool3d_backward": {1},
     **{f"{kind}_pad{n}d_backward": {1} for kind in ("reflection", "replication") for n in (1, 2, 3)},
 }
-# Results of operators that return several: those that depend on the first argument's form alone.
-_FORM_RESULTS = {"nll_loss_forward": {1}, "nll_loss2d_forward": {1}}
+# Of operators with several results: the arguments that a result depends on, where it is not all of them.
+_RESULT_ARGUMENTS = {
+    "nll_loss_forward": {1: {1, 2}},
+    "nll_loss2d_forward": {1: {1, 2}},
+    "convolution_backward": {0: {0, 2}, 1: {0, 1}, 2: {0}},
+    "native_layer_norm_backward": {1: {0, 1, 3, 4}, 2: {0}},
+    "native_group_norm_backward": {1: {0, 1, 2, 3}, 2: {0}},
+    "native_batch_norm_backward": {1: {0, 1, 3, 4, 5, 6}, 2: {0}},
+}
 
 
 def arguments(node: fx.Node) -> Iterator[tuple[fx.Node, Passage]]:
-    """Yields the nodes that a call takes, each with what of it reaches the result; the best of several uses counts."""
+    """Yields the nodes that a call depends on, each with what of it reaches the result; the best of several uses counts.
+
+    One of several results of a call depends on the arguments of that call.
+    """
     found: dict[fx.Node, Passage] = {}
-    for position, argument in [*enumerate(node.args), *((None, value) for value in node.kwargs.values())]:
+    call = call_of(node)
+    kept = _RESULT_ARGUMENTS.get(operator_name(call.target), {}).get(node.args[1]) if call is not node else None
+    for position, argument in [*enumerate(call.args), *((None, value) for value in call.kwargs.values())]:
         for leaf in tree_leaves(argument, is_leaf=lambda item: isinstance(item, fx.Node)):
-            if isinstance(leaf, fx.Node):
-                passage = _passage(node, position, leaf)
+            if isinstance(leaf, fx.Node) and (kept is None or position in kept):
+                passage = _passage(call, position) or _of_dtypes(node, leaf)
                 found[leaf] = min(passage, found.get(leaf, passage), key=list(Passage).index)
     yield from found.items()
 
 
-def _passage(node: fx.Node, position: int | None, argument: fx.Node) -> Passage:
-    name = operator_name(node.target)
-    if node.target is operator.getitem:
-        form = node.args[1] in _FORM_RESULTS.get(operator_name(argument.target), ())
-        return Passage.FORM if form else _of_dtypes(node, argument)
+def call_of(node: fx.Node) -> fx.Node:
+    """Returns the call that a node is one of several results of, or the node itself."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+def _passage(call: fx.Node, position: int | None) -> Passage | None:
+    """Returns what of the argument at a position reaches the result, None where the dtypes decide."""
+    name = operator_name(call.target)
     if name in _FORM_ONLY or position in _FORM_ARGUMENTS.get(name, ()):
         return Passage.FORM
-    if name in _PIECEWISE_CONSTANT or position in _VALUE_ARGUMENTS.get(name, ()) or _stops(node):
+    if name in _PIECEWISE_CONSTANT or position in _VALUE_ARGUMENTS.get(name, ()) or _stops(call):
         return Passage.VALUE
-    return _of_dtypes(node, argument)
+    return None
 
 
 def _stops(node: fx.Node) -> bool:
@@ -100,7 +115,16 @@ def is_notable(node: fx.Node) -> bool:
     Conditions do not: within each branch the derivative is right. Nor do the inner derivatives of piecewise linear
     functions.
     """
+    if _is_at_guard(node):
+        return False
     if _stops(node) or operator_name(node.target) in _PIECEWISE_CONSTANT:
         return True
     value = node.meta["val"]
     return isinstance(value, torch.Tensor) and value.dtype is not torch.bool and not has_gradient(node)
+
+
+def _is_at_guard(node: fx.Node) -> bool:
+    """Tells whether a call gives the value of a root at zero: see `gimli_compile.passes.singularity`."""
+    users = [user for user in node.users if user.op == "call_function"]
+    roots = [argument for user in users for argument in user.all_input_nodes if argument is not node]
+    return any(isinstance(r.args[0], fx.Node) and r.args[0].meta.get("guards_zero") for r in roots if r.args)

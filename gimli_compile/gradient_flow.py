@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from gimli_compile.gradient_cuts import Passage, arguments, is_notable
+from gimli_compile.gradient_cuts import Passage, arguments, call_of, is_notable
 from gimli_compile.metadata import operator_name
 from gimli_compile.program import Program
 from gimli_compile.provenance import SourceLine
@@ -99,7 +99,8 @@ class FlowGraph:
             self._smooth.add_edge(start, end)
 
     def _add_call(self, name: str, node: fx.Node) -> None:
-        cut = Cut(operator_name(node.target), node.name, name, node.meta.get("source"), is_notable(node))
+        called = operator_name(call_of(node).target)
+        cut = Cut(called, node.name, name, node.meta.get("source"), is_notable(node))
         self._all.add_node((name, node.name), cut=cut)
         for argument, passage in arguments(node):
             if passage is not Passage.FORM:

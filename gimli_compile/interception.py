@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from gimli_compile.concolic import Number, bake, number_of
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.provenance import user_source
+from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
 
@@ -50,7 +50,8 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handles one Python-level call."""
-        kwargs = kwargs or {}
+        args = tuple(map(_real_kind, args))
+        kwargs = {key: _real_kind(value) for key, value in (kwargs or {}).items()}
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, func, args, kwargs)
@@ -82,7 +83,7 @@ def _is_traced(mode: Interception, value: Any) -> bool:
 
 def _read(mode: Interception, value: Tensor) -> Any:
     recorder = mode.recorder
-    if recorder.region is not Region.OPTIMIZER and recorder.reach(value) & DATA:
+    if recorder.region is not Region.OPTIMIZER and recorder.reach(value) & DATA and not called_by_torch():
         raise CaptureError(
             compose_message(
                 "the model or the loss turns the value of a tensor into a Python value",
@@ -161,6 +162,25 @@ def _set_data(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     with torch.no_grad():
         target.copy_(value)
     return None
+
+
+# ---------------------------------------------------------------------- operators without the derivatives needed
+
+
+def _weight_norm(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """The fused operator has a wrong second derivative."""
+    with mode:
+        value, scale, *rest = args
+        dim = rest[0] if rest else kwargs.get("dim", 0)
+        return value * (scale / torch.norm_except_dim(value, 2, dim))
+
+
+def _cdist(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """The distance operator has no second derivative; a norm of differences has."""
+    given = {**dict(zip(("x1", "x2", "p"), args, strict=False)), **kwargs}
+    with mode:
+        differences = given["x1"].unsqueeze(-2) - given["x2"].unsqueeze(-3)
+        return torch.linalg.vector_norm(differences, given.get("p", 2.0), -1)
 
 
 # ---------------------------------------------------------------------- lists of tensors
@@ -262,6 +282,45 @@ def _full(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         return out.fill_(value)
 
 
+def _real_kind(value: Any) -> Any:
+    """Returns the builtin in place of the form of it that traced modules see: torch takes `float` as a dtype."""
+    return getattr(value, "stands_for", value) if isinstance(value, type) else value
+
+
+def _set_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    target, index, value = args
+    index = tree_map(_pin, index)
+    if isinstance(value, Number):
+        return call_with_numbers(mode, func, (target, index, value), kwargs)
+    return func(target, index, value)
+
+
+def _to_numpy(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    if not _is_traced(mode, args[0]):
+        return func(*args, **kwargs)
+    raise CaptureError(
+        compose_message(
+            "a captured tensor is turned into a NumPy array",
+            user_source(),
+            "NumPy computes outside of torch, where no program can be captured.",
+            "Use the operators of torch.",
+        )
+    )
+
+
+def _squared_error(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """The fused operator has no forward-mode derivative of its gradient (pytorch#123996)."""
+    names = ("input", "target", "size_average", "reduce", "reduction", "weight")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    reduction = given.get("reduction", "mean")
+    same = given["input"].shape == given["target"].shape
+    if not same or any(given.get(name) is not None for name in names[2:4] + names[5:]):
+        return mode.call(func, args, kwargs)
+    with mode:
+        squares = (given["input"] - given["target"]) ** 2
+        return squares if reduction == "none" else getattr(squares, reduction)()
+
+
 def _plain_only(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     return mode.call(func, tree_map(_pin, args), tree_map(_pin, kwargs))
 
@@ -297,4 +356,10 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     torch.full_like: _full,
     Tensor.new_full: _full,
     Tensor.__getitem__: _plain_only,
+    Tensor.__setitem__: _set_item,
+    Tensor.numpy: _to_numpy,
+    Tensor.__array__: _to_numpy,
+    torch.nn.functional.mse_loss: _squared_error,
+    torch._weight_norm: _weight_norm,
+    torch.cdist: _cdist,
 }

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from gimli_compile.custom_functions import custom_functions_recorded
 from gimli_compile.errors import BakedValueWarning, CaptureError, InputError, compose_message
+from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.model_view import ModelView, changed_attributes
 from gimli_compile.optimizer_view import as_leaf
@@ -24,13 +26,26 @@ from gimli_compile.provenance import user_source
 from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
+from gimli_compile.transforms import is_everywhere
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured program and the outcomes of the branches that it took: on buffers, and in torch's own checks."""
+
+    program: Program
+    outcomes: Mapping[Slot, bool]
+
+    def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
+        """Tells whether the branches come out as they did at capture."""
+        return all(is_everywhere(results[slot].detach(), outcome) for slot, outcome in self.outcomes.items())
 
 
 @dataclass(frozen=True)
 class Forward:
     """A captured forward pass: the program and the structure of what it returns."""
 
-    program: Program
+    captured: Captured
     structure: pytree.TreeSpec
     fixed: tuple[Any, ...]
 
@@ -85,8 +100,8 @@ class _Run:
     def __init__(self, view: ModelView, params: Tensors, buffers: Tensors) -> None:
         self.view = view
         self.recorder = Recorder("loss")
-        self.first: dict[int, torch.Tensor] = {}
         live = view.live_params
+        self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
         self.params = {name: self._add_param(name, params[name], live[name].requires_grad) for name in live}
         self.buffers = {
             name: self.add(Slot(Role.BUFFER, name), value, HOST if value.dim() == 0 else DATA)
@@ -96,7 +111,22 @@ class _Run:
     def _add_param(self, name: str, value: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
         traced = as_leaf(value, requires_grad=requires_grad)
         self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
+        for hook in (self.view.live_params[name]._backward_hooks or {}).values():
+            traced.register_hook(hook)
         return traced
+
+    def after_accumulation(self, grads: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """Runs the hooks that the live parameters have for the moment when their gradient is there."""
+        live = self.view.live_params
+        for name, grad in grads.items():
+            hooks = getattr(live[name], "_post_accumulate_grad_hooks", None) or {}
+            for hook in hooks.values():
+                traced = self.params[name]
+                traced.grad = grad
+                with torch.no_grad():
+                    hook(traced)
+                grads[name], traced.grad = traced.grad, None
+        return grads
 
     def add(self, slot: Slot, value: torch.Tensor, reach: int = DATA) -> torch.Tensor:
         traced = value.detach().clone()
@@ -113,10 +143,17 @@ class _Run:
     def tracing(self) -> Iterator[None]:
         """Runs the model with the traced tensors, everything recorded."""
         before = self.view.signature()
-        cudnn_off = torch.backends.cudnn.flags(enabled=False)
-        with self.view.substituted({**self.params, **self.buffers}), cudnn_off, _math_attention(), torch.enable_grad():
+        tensors = {**self.params, **self.buffers}
+        with self.view.substituted(tensors), _differentiable_forms(), torch.enable_grad():
             recorder = self.recorder
-            with recorder.in_region(Region.LOSS), custom_functions_recorded(recorder), recorder, Interception(recorder):
+            modules = modules_of(type(module) for module in self.view.model.modules())
+            with (
+                recorder.in_region(Region.LOSS),
+                custom_functions_recorded(recorder),
+                escapes_closed(recorder, modules),
+                recorder,
+                Interception(recorder),
+            ):
                 yield
             self.new_buffers = self.view.read_buffers()
             _warn_of_changes(changed_attributes(before, self.view.signature()))
@@ -128,30 +165,34 @@ class _Run:
             if name in self.new_buffers
         }
 
-    def finish(self, title: str, name: str, results: dict[Slot, fx.Node]) -> Program:
+    def finish(self, title: str, name: str, results: dict[Slot, fx.Node]) -> Captured:
         recorder = self.recorder
-        self._refuse_guards()
+        outcomes = {}
+        for guard in recorder.guards:
+            slot = Slot(Role.GUARD, str(len(outcomes)))
+            results[slot] = guard.node
+            outcomes[slot] = guard.outcome
         recorder.graph.output(tuple(results.values()))
         program = Program(
             title, name, recorder.graph, tuple(recorder.inputs), tuple(results), recorder.constants, recorder.draws
         )
-        return lower(program, LOSS_PASSES)
-
-    def _refuse_guards(self) -> None:
-        for guard in self.recorder.guards:
-            raise CaptureError(
-                compose_message(
-                    "the model or the loss branches on the value of a buffer",
-                    guard.source,
-                    "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
-                    "Use `torch.where` in place of the branch, or make the buffer a plain attribute of the module.",
-                )
-            )
+        return Captured(lower(program, LOSS_PASSES), outcomes)
 
 
-def _math_attention() -> Any:
-    """Attention in its mathematical form: the fused kernels have no second derivative."""
-    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+@contextmanager
+def _differentiable_forms() -> Iterator[None]:
+    """Runs with attention in its mathematical form and without cuDNN: those kernels have no second derivative.
+
+    Distributions do not check their arguments: a check that raises is no part of a program.
+    """
+    distribution = torch.distributions.Distribution
+    checks = distribution._validate_args
+    distribution.set_default_validate_args(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        distribution.set_default_validate_args(checks)
 
 
 def _warn_of_changes(names: Iterable[str]) -> None:
@@ -191,7 +232,7 @@ def capture_gradient(
     meta: Any,
     wanted: Iterable[str],
     title: str,
-) -> Program:
+) -> Captured:
     """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
     run = _Run(view, params, buffers)
     traced_batch = run.add_tree(Role.BATCH, batch)
@@ -203,7 +244,7 @@ def capture_gradient(
         loss = loss_fn(*arguments)
         _check_loss(loss, loss_fn)
         with run.recorder.in_region(Region.BACKWARD):
-            grads = _gradient(loss, trained, loss_fn)
+            grads = run.after_accumulation(_gradient(loss, trained, loss_fn))
     results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
     for name, grad in grads.items():
         if grad is not None:

@@ -2,60 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient, tree_slots
+from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient, tree_slots
 from gimli_compile.model_view import ModelView
-from gimli_compile.pipeline import first_order, for_vmap
+from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
-from gimli_compile.transforms import inside_vmap, outside_transforms, representatives
+from gimli_compile.transforms import outside_transforms, representatives
 from gimli_compile.update_table import form
 
 
 class Gradient:
-    """The captured loss and gradient, and the forms of it that were asked for."""
+    """The captured loss and gradient, and the same with the gradient taken as a constant."""
 
-    def __init__(self, exact: Program) -> None:
-        self.exact = exact
-        self._forms: dict[tuple[int, bool], Program] = {(2, False): exact}
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.exact = captured.program
+        self._first_order: Program | None = None
 
-    def form(self, order: int, mapped: bool) -> Program:
-        """Returns the program of this order; under `vmap` the form for it."""
-        known = self._forms.get((order, mapped))
-        if known is None:
-            known = first_order(self.exact) if order == 1 else self.exact
-            known = for_vmap(known) if mapped else known
-            self._forms[order, mapped] = known
-        return known
+    def program(self, order: int) -> Program:
+        """Returns the program of this order."""
+        if order == 2:
+            return self.exact
+        if self._first_order is None:
+            self._first_order = first_order(self.exact)
+        return self._first_order
 
 
 class LossTable:
-    """Runs the model and the loss; captures them for inputs of a new form."""
+    """Runs the model and the loss; captures them for inputs of a new form, and where a branch comes out otherwise."""
 
     def __init__(self, view: ModelView, loss_fn: Callable[..., Any] | None, title: str) -> None:
         self.view = view
         self.loss_fn = loss_fn
         self.title = title
-        self.forwards: dict[Any, Forward] = {}
-        self.gradients: dict[Any, Gradient] = {}
+        self.forwards: dict[Any, list[Forward]] = {}
+        self.gradients: dict[Any, list[Gradient]] = {}
+
+    @property
+    def all_gradients(self) -> list[Gradient]:
+        """All captured gradients, the latest last."""
+        return [gradient for group in self.gradients.values() for gradient in group]
 
     def forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> tuple[Any, Tensors]:
         """Returns the model's output and the new buffers."""
         key = (self.view.signature(), _forms(params, buffers), _tree_form((args, kwargs)))
-        captured = self.forwards.get(key)
-        if captured is None:
-            plain = representatives((params, buffers, args, kwargs))
-            with outside_transforms(), torch.random.fork_rng():
-                captured = self.forwards[key] = capture_forward(self.view, *plain, f"forward of {self.title}")
         values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
-        results = captured.program(values)
-        return captured.assemble(results), _new_buffers(buffers, results)
+        known = self.forwards.setdefault(key, [])
+        draws: dict[Slot, torch.Tensor] = {}
+        for forward in _with_new(known, lambda: self._capture_forward(params, buffers, args, kwargs)):
+            program = forward.captured.program
+            results = program({**values, **program.draw(draws)})
+            if forward.captured.held(results):
+                return forward.assemble(results), _new_buffers(buffers, results)
+        raise _unsettled(self.title)
+
+    def _capture_forward(self, *inputs: Any) -> Forward:
+        plain = representatives(inputs)
+        with outside_transforms(), torch.random.fork_rng():
+            return capture_forward(self.view, *plain, f"forward of {self.title}")
 
     def gradient(
         self,
@@ -70,21 +82,42 @@ class LossTable:
         """Returns the loss, its gradient by parameter name (None where there is none), and the new buffers."""
         values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
         values.update(tree_slots(Role.META, meta))
-        program = self._gradient(state, batch, meta, trained).form(order, inside_vmap())
-        results = program({**values, **program.draw(draws)})
-        grads = {name: results.get(Slot(Role.GRAD, name)) for name in trained}
-        return results[Slot(Role.LOSS)], grads, _new_buffers(state.buffers, results)
-
-    def _gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
         key = (self.view.signature(), _forms(state.params, state.buffers), _tree_form((batch, meta)), tuple(trained))
-        captured = self.gradients.get(key)
-        if captured is None:
-            params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))
-            title = f"loss and gradient of {self.title}"
-            with outside_transforms(), torch.random.fork_rng():
-                exact = capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title)  # type: ignore[arg-type]
-            captured = self.gradients[key] = Gradient(exact)
-        return captured
+        known = self.gradients.setdefault(key, [])
+        for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
+            program = gradient.program(order)
+            results = program({**values, **program.draw(draws)})
+            if gradient.captured.held(results):
+                grads = {name: results.get(Slot(Role.GRAD, name)) for name in trained}
+                return results[Slot(Role.LOSS)], grads, _new_buffers(state.buffers, results)
+        raise _unsettled(self.title)
+
+    def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
+        assert self.loss_fn is not None
+        params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))
+        title = f"loss and gradient of {self.title}"
+        with outside_transforms(), torch.random.fork_rng():
+            return Gradient(
+                capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title)
+            )
+
+
+def _with_new(known: list[Any], capture: Callable[[], Any]) -> Iterator[Any]:
+    """Yields what is known, then what a new capture gives, which is known from then on."""
+    yield from list(known)
+    known.append(capture())
+    yield known[-1]
+
+
+def _unsettled(title: str) -> CaptureError:
+    return CaptureError(
+        compose_message(
+            f"the branches that {title} takes on its values do not settle",
+            None,
+            "A program captured from these very values computes other outcomes than the model itself.",
+            "A comparison lies within rounding; perturb the inputs or use float64.",
+        )
+    )
 
 
 def _by_slot(params: Tensors, buffers: Tensors) -> dict[Slot, torch.Tensor]:

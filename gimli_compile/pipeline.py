@@ -18,6 +18,7 @@ LOSS_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
     relax_views,
+    write_out_normalization,
     merge_common_subexpressions,
     eliminate_dead_code,
 )
@@ -30,17 +31,6 @@ UPDATE_PASSES: tuple[Pass, ...] = (
     merge_common_subexpressions,
     eliminate_dead_code,
 )
-MAPPED_PASSES: tuple[Pass, ...] = (
-    write_out_normalization,
-    merge_common_subexpressions,
-    eliminate_dead_code,
-)
-
-
-def for_vmap(program: Program) -> Program:
-    """Returns the form of a program that is differentiated right when `vmap` takes its operators apart."""
-    return apply_passes(program, MAPPED_PASSES, verify)
-
 
 def first_order(program: Program) -> Program:
     """Returns the form of a program whose inner gradients are constants."""

@@ -89,7 +89,7 @@ def target_name(target: Any) -> str:
     """Returns the name under which printed code calls a target."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target) if target.namespace == "aten" else f"torch.ops.{target}"
-    return f"functions_{target.__self__.__name__ if hasattr(target, '__self__') else target.__name__}"
+    return f"function_{getattr(target, '__name__', type(target).__name__)}"
 
 
 def run_namespace(graph: fx.Graph) -> dict[str, Any]:

@@ -83,13 +83,14 @@ class Programs(Mapping[str, Family]):
 
 def _families(losses: LossTable, updates: UpdateTable) -> Iterator[tuple[str, Family]]:
     if losses.forwards:
-        yield "forward", Family("forward", tuple((captured.program, ()) for captured in losses.forwards.values()))
+        captured = [forward.captured for group in losses.forwards.values() for forward in group]
+        yield "forward", Family("forward", tuple((one.program, ()) for one in captured))
     if losses.gradients:
-        yield "grad", Family("grad", tuple((captured.exact, ()) for captured in losses.gradients.values()))
+        yield "grad", Family("grad", tuple((gradient.exact, ()) for gradient in losses.all_gradients))
     variants = tuple((variant.program, variant.guards) for variant in updates.variants)
     yield "update", Family("update", variants)
     if losses.gradients:
-        gradient = list(losses.gradients.values())[-1].exact
+        gradient = losses.all_gradients[-1].exact
         fitting = tuple((compose(gradient, program), guards) for program, guards in variants if _fits(gradient, program))
         if fitting:
             yield "step", Family("step", fitting)

@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
 
 import torch
 
@@ -44,7 +44,7 @@ def current_source(*, outside_torch: bool = False) -> SourceLine | None:
     while frame is not None:
         kind = _classify(frame.f_code.co_filename)
         if kind == "user" or (kind == "library" and not outside_torch):
-            return _line_of(frame.f_code, frame.f_lineno)
+            return _line_of(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
     return None
 
@@ -52,6 +52,17 @@ def current_source(*, outside_torch: bool = False) -> SourceLine | None:
 def user_source() -> SourceLine | None:
     """Returns the line to name in an error: the user's own if there is one, else the library's that it called."""
     return current_source(outside_torch=True) or current_source()
+
+
+def called_by_torch() -> bool:
+    """Tells whether the code that is running belongs to torch itself, such as a check of its arguments."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((*_OWN, "<")):
+            return filename.startswith(_TORCH) and not filename.startswith(_THIRD_PARTY_IN_TORCH)
+        frame = frame.f_back
+    return False
 
 
 @functools.cache
@@ -66,9 +77,9 @@ def _classify(filename: str) -> str:
 
 
 @functools.lru_cache(maxsize=65536)
-def _line_of(code: CodeType, line: int) -> SourceLine:
-    text = linecache.getline(code.co_filename, line).strip()
-    return SourceLine(_shorten(code.co_filename), line, code.co_name, text)
+def _line_of(filename: str, line: int, function: str) -> SourceLine:
+    text = linecache.getline(filename, line).strip()
+    return SourceLine(_shorten(filename), line, function, text)
 
 
 @functools.cache

@@ -112,6 +112,7 @@ class Recorder(TorchDispatchMode):
         self.guards: list[Guard] = []
         self.baked: list[Baked] = []
         self.region = Region.OPTIMIZER
+        self.live: dict[int, str] = {}
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
         self._forward_lines: dict[int, SourceLine | None] = {}
@@ -150,6 +151,8 @@ class Recorder(TorchDispatchMode):
         """Returns the node of a tensor; an unknown tensor becomes a constant."""
         node = self._nodes.get(tensor)
         if node is None:
+            if id(tensor) in self.live:
+                raise self._error_live(tensor)
             slot = Slot(Role.CONSTANT, f"{self.name}.{len(self.constants)}")
             node = self.add_input(slot, tensor, 0)
             self.constants[slot] = tensor
@@ -219,7 +222,7 @@ class Recorder(TorchDispatchMode):
         self._spread(func, tensors, out, shared, reach)
         if isinstance(out, (torch.Tensor, tuple, list)):
             self.add_call(func, node_args, node_kwargs, out)
-        elif reach:
+        elif reach and out is not None:
             raise self._error_reads_value(func)
         return out
 
@@ -263,8 +266,7 @@ class Recorder(TorchDispatchMode):
         return source
 
     def _stops_gradient(self) -> bool:
-        in_backward = torch._C._current_autograd_node() is not None
-        return self.region is Region.LOSS and not torch.is_grad_enabled() and not in_backward
+        return self.region is Region.LOSS and not torch.is_grad_enabled()
 
     def mark_stop(self, tensor: torch.Tensor) -> None:
         """Says that the user's code stops the gradient at this tensor."""
@@ -278,11 +280,12 @@ class Recorder(TorchDispatchMode):
     # ------------------------------------------------------------------ refusals
 
     def _refuse(self, func: Any, args: Any, kwargs: Any, reach: int) -> None:
+        self._refuse_writes(func, args, kwargs)
         if not reach:
             return
         if func is aten._local_scalar_dense.default:
             raise self._error_reads_value(func)
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and self._shape_varies(func, args):
             raise CaptureError(
                 compose_message(
                     f"`{func}` has a result whose shape depends on tensor values",
@@ -291,8 +294,9 @@ class Recorder(TorchDispatchMode):
                     "Use a mask (`torch.where`) instead of selecting.",
                 )
             )
-        schema = func._schema.arguments
-        for index, argument in enumerate(schema):
+
+    def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -306,6 +310,23 @@ class Recorder(TorchDispatchMode):
                             "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
                         )
                     )
+
+    def _shape_varies(self, func: Any, args: Any) -> bool:
+        """Tells whether the shape of a result depends on values that may change; an index of integers never does that."""
+        if func is not aten.index.Tensor:
+            return True
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return any(map(self.reach, masks))
+
+    def _error_live(self, tensor: torch.Tensor) -> CaptureError:
+        return CaptureError(
+            compose_message(
+                f"the live tensor {self.live[id(tensor)]!r} is used through a reference that was kept, not through the model",
+                user_source(),
+                "The program runs with other tensors in its place; a kept reference would stay what it was.",
+                "Take parameters and buffers from the model inside the loss, as `model.parameters()` gives them.",
+            )
+        )
 
     def _error_reads_value(self, func: Any) -> CaptureError:
         where = "the model or the loss" if self.region is Region.LOSS else "the step"

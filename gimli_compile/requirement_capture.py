@@ -59,5 +59,5 @@ def _variant_for(updates: UpdateTable, inputs: UpdateInputs) -> UpdateVariant:
 
 def _gradient_of(losses: LossTable, state: TrainState, batch: Any, meta: Any, trained: Sequence[str]) -> Any:
     if batch is not None:
-        return losses._gradient(state, batch, meta, list(trained)).exact
-    return list(losses.gradients.values())[-1].exact if losses.gradients else None
+        return losses.all_gradients[-1].exact
+    return losses.all_gradients[-1].exact if losses.gradients else None

@@ -64,7 +64,7 @@ class Captured:
 class Requirements:
     """The verdicts on the requirements, on each hyperparameter and on each meta-parameter; prints as a report.
 
-    The inner loss stands in for L_val. A derivative that is zero everywhere it exists, as that of `sign`, does not count
+    The inner loss stands in for L_val. A derivative that is zero wherever it exists, as that of `sign`, does not count
     as one: such operators are the cuts that the reasons name. `hyper` is by path, `meta` by path in the pytree,
     `initialization` is None where no loss was captured.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gimli_compile.concolic import IntNumber, Number, bake
+from gimli_compile.concolic import IntNumber, Number, bake, plain
 
 if TYPE_CHECKING:
     from gimli_compile.interception import Interception
@@ -28,7 +28,7 @@ _ELEMENTWISE = frozenset(
     "setitem index_fill heaviside nextafter".split()
 )
 _SAME_DTYPE = frozenset("lerp clamp clip clamp_min clamp_max".split())
-_SCALED = {"add": "alpha", "sub": "alpha", "subtract": "alpha", "addcmul": "value", "addcdiv": "value"}
+_SCALED = {"add": "alpha", "sub": "alpha", "subtract": "alpha", "rsub": "alpha", "addcmul": "value", "addcdiv": "value"}
 _DRAWS = {"normal": ("mean", "std", 0.0, 1.0), "uniform": ("from", "to", 0.0, 1.0)}
 _PRODUCTS = frozenset("addmm addmv addbmm baddbmm addr".split())
 
@@ -37,6 +37,8 @@ def call_with_numbers(mode: Interception, func: Any, args: Any, kwargs: Any) -> 
     """Calls `func` so that every concolic number among its arguments stays an input of the program."""
     name = getattr(func, "__name__", str(func)).strip("_")
     with mode:
+        if name == "batch_norm":
+            return _call_batch_norm(*args, **kwargs)
         if name in _DRAWS:
             return _call_draw(func, name, list(args), dict(kwargs))
         if name in _PRODUCTS:
@@ -100,8 +102,11 @@ def _cast(number: Number, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unscramble(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Brings the positional and the deprecated forms (`add_(alpha, other)`) to the keyword form."""
-    operands = 2 if _SCALED[name] == "alpha" else 3
     key = _SCALED[name]
+    operands = 2 if key == "alpha" else 3
+    for word in ("self", "input", "other", "tensor1", "tensor2"):
+        if word in kwargs:
+            args.append(kwargs.pop(word))
     if len(args) == operands + 1:
         scale = args.pop(1) if isinstance(args[-1], Tensor) and not isinstance(args[1], Tensor) else args.pop()
         kwargs[key] = scale
@@ -114,9 +119,11 @@ def _call_scaled(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) 
     torch computes `x + a * y` with one rounding, as `addcmul(x, y, a)` does, and `x + a * y / z` from left to right.
     """
     scale = kwargs.pop(_SCALED[name])
+    if name == "rsub":
+        args, name = args[::-1], "sub"
     target, first = args[0], args[1]
     if not isinstance(first, Tensor):
-        return func(target, first * scale, **kwargs)
+        return getattr(torch, name)(target, first * scale)
     if _SCALED[name] == "alpha" and target.is_floating_point() and first.is_floating_point():
         factor = operand(scale, first if first.dim() else target)
         factor = factor.to(device=first.device)
@@ -125,7 +132,8 @@ def _call_scaled(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) 
         wide = [arg.to(torch.float32) for arg in args]
         wide[1] = wide[1] * operand(scale, wide[1])
         return _finish(func, target, getattr(torch, name)(*wide).to(target.dtype), kwargs)
-    return func(target, first * operand(scale, first), *args[2:], **kwargs)
+    result = getattr(torch, name)(target, first * operand(scale, first), *args[2:])
+    return _finish(func, target, result, kwargs)
 
 
 def _finish(func: Any, target: Tensor, result: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -147,6 +155,28 @@ def _call_draw(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) ->
     if func.__name__.endswith("_"):
         return getattr(target, func.__name__)(**given).mul_(scale).add_(shift)
     return torch.normal(0.0, 1.0, **given) * scale + shift
+
+
+def _call_batch_norm(
+    value: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """Batch normalization whose momentum is a number, as in a cumulative average of the statistics."""
+    if not training or running_mean is None or running_var is None:
+        statistics = (running_mean, running_var)
+        return torch.nn.functional.batch_norm(value, *statistics, weight, bias, training, 0.0, eps)
+    with torch.no_grad():
+        variance, mean = torch.var_mean(value.detach(), [0, *range(2, value.dim())], correction=1)
+        running_mean.mul_(1 - momentum).add_(mean * momentum)
+        running_var.mul_(1 - momentum).add_(variance * momentum)
+    return torch.nn.functional.batch_norm(value, None, None, weight, bias, True, 0.0, eps)
 
 
 def _call_product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -171,6 +201,10 @@ def _call_product(func: Any, name: str, args: list[Any], kwargs: dict[str, Any])
 def _call_same_dtype(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     target = args[0]
     wide = torch.float32 if target.dtype in _REDUCED else target.dtype
+    numbers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, (int, float))]
+    if not target.is_floating_point():
+        for number in numbers:
+            wide = torch.result_type(target.new_empty(1, dtype=wide), plain(number))
 
     def convert(value: Any) -> Any:
         if isinstance(value, Number):
@@ -181,7 +215,7 @@ def _call_same_dtype(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
     name = func.__name__.strip("_")
     result = getattr(torch, name)(*map(convert, args), **{key: convert(value) for key, value in kwargs.items()})
-    return _finish(func, target, result.to(target.dtype), {})
+    return _finish(func, target, result.to(target.dtype) if target.is_floating_point() else result, {})
 
 
 # ---------------------------------------------------------------------- everything else

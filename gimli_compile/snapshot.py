@@ -47,6 +47,7 @@ class Container:
     make: Callable[[list[Any]], Any]
     items: tuple[tuple[Any, Any], ...]
     owner: Any = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class _Walk:
         index = self._seen[id(value)] = self._count
         self._count += 1
         self._keep.append(value)
-        self.key.append((type(value).__qualname__, len(items)))
+        self.key.append((type(value).__qualname__, len(items), getattr(value, "maxlen", None)))
         parts = tuple((self._visit_key(key), self.visit(item, (*path, self._step(key)))) for key, item in items)
-        return Container(index, make, parts, owner)
+        return Container(index, make, parts, owner, isinstance(value, tuple))
 
     def _visit_tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
         name = self.names.get(id(value))
@@ -241,7 +242,7 @@ def installed(
             return part
         if part.owner is not None:
             return _fill(part, build, made, before)
-        shell = part.make([])
+        shell = None if part.fixed else part.make([])
         made[part.index] = shell
         pairs = [(build(key) if isinstance(key, ParamRef) else key, build(item)) for key, item in part.items]
         made[part.index] = _refill(shell, pairs, part.make)
@@ -252,7 +253,7 @@ def installed(
         yield
     finally:
         for owner, attributes in reversed(before):
-            owner.__dict__ = attributes
+            object.__setattr__(owner, "__dict__", attributes)
 
 
 def _fill(part: Container, build: Callable[[Any], Any], made: dict[int, Any], before: list[Any]) -> Any:
@@ -262,14 +263,15 @@ def _fill(part: Container, build: Callable[[Any], Any], made: dict[int, Any], be
     attributes = {key: build(item) for key, item in part.items}
     attributes.update({key: item for key, item in original.items() if _is_hook(key)})
     before.append((owner, original))
-    owner.__dict__ = attributes
+    object.__setattr__(owner, "__dict__", attributes)
     return owner
 
 
 def _refill(shell: Any, pairs: list[Any], make: Callable[[list[Any]], Any]) -> Any:
     """Fills a mutable container in place, so that parts which refer back to it see the same object."""
     if isinstance(shell, dict):
-        dict.update(shell, pairs)
+        for key, item in pairs:
+            shell[key] = item
         return shell
     if isinstance(shell, (list, deque)):
         shell.extend(item for _, item in pairs)

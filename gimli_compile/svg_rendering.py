@@ -44,10 +44,7 @@ def render_svg(picture: Picture) -> str:
     """Returns a self-contained SVG document."""
     width, height = picture.width + 2 * _MARGIN, picture.height + 2 * _MARGIN + _TITLES
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
-    colors = "".join(
-        f".gimli .{role.value} .bar {{ fill: {color}; }} .gimli .wire.{role.value} {{ stroke: {color}; stroke-opacity: 0.5; }}\n"
-        for role, color in COLORS.items()
-    )
+    colors = "".join(map(_color_rules, COLORS))
     marked = ".gimli .wire.on { stroke-width: 2.6; stroke-opacity: 1; } .gimli .wire.operators.on { stroke: #334155; }"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="gimli" {size}>',
@@ -62,6 +59,11 @@ def render_svg(picture: Picture) -> str:
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _color_rules(role: Role) -> str:
+    bar = f".gimli .{role.value} .bar {{ fill: {COLORS[role]}; }}"
+    return f"{bar} .gimli .wire.{role.value} {{ stroke: {COLORS[role]}; stroke-opacity: 0.5; }}\n"
 
 
 def _titles(picture: Picture) -> Iterator[str]:

@@ -109,10 +109,10 @@ class Translation:
 
     def _unguarded(self, node: fx.Node, value: Any) -> Any:
         """Returns a root that is guarded at zero as the root itself."""
-        root: Any = node.args[0]
-        inner = root.args[0] if isinstance(root, fx.Node) and root.args else None
-        if isinstance(inner, fx.Node) and _is_guard(inner) and inner.args[1] is node.args[1]:
-            return self._values[root]
+        for root in node.all_input_nodes:
+            guard: Any = root.args[0] if root.args else None
+            if isinstance(guard, fx.Node) and _is_guard(guard) and guard.args[1] in node.args:
+                return self._values[root]
         return value
 
 

@@ -62,11 +62,6 @@ def is_everywhere(condition: torch.Tensor, outcome: bool) -> bool:
         return bool((all_lanes(condition) == outcome).all())
 
 
-def inside_vmap() -> bool:
-    """Tells whether a `vmap` is active."""
-    return any(one.key() == TransformType.Vmap for one in retrieve_all_functorch_interpreters())
-
-
 def in_every_lane(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Makes a random draw; under `vmap` one for each lane, each from the default generator in turn."""
     levels = [one for one in retrieve_all_functorch_interpreters() if one.key() == TransformType.Vmap]

@@ -38,7 +38,8 @@ class UpdateTable:
         """Captures the first and the second update, with made-up gradients."""
         generator = torch.Generator().manual_seed(0)
         params, opt_state = state.params, state.opt_state
-        with torch.no_grad(), torch.random.fork_rng():
+        state, hyper = representatives((state, hyper))
+        with outside_transforms(), torch.random.fork_rng():
             for _ in range(2):
                 grads = {name: made_up_gradient(params[name], generator) for name in trained}
                 params, opt_state = self.run(UpdateInputs(params, grads, opt_state, hyper))

@@ -18,8 +18,8 @@ aten = torch.ops.aten
 def write_out_normalization(program: Program) -> Program:
     """Writes the backward pass of layer and batch normalization out, with statistics that are functions of the input.
 
-    The operators' own second derivatives are right, but under `vmap` the operators are taken apart, and the derivative
-    misses what the saved statistics owe to the input (functorch#534).
+    The operators' own second derivatives are right, but not their third ones; and under `vmap` the operators are taken
+    apart, and the derivative misses what the saved statistics owe to the input (functorch#534).
 
         grads = native_layer_norm_backward(g, x, [n], mean, rstd, weight, bias, [True, True, True])
     becomes, with xhat = (x - mean(x)) * rsqrt(var(x) + eps) and h = g * weight,

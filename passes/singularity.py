@@ -9,6 +9,7 @@ from torch import fx
 
 from gimli_compile.metadata import insert_call
 from gimli_compile.program import Program
+from gimli_compile.slot import Role
 
 aten = torch.ops.aten
 
@@ -24,11 +25,12 @@ def guard_zeros(program: Program) -> Program:
                                         zero = aten.eq.Scalar(v, 0)
         root = aten.sqrt(v)  becomes    masked_fill = aten.masked_fill.Scalar(v, zero, 1)
                                         sqrt = aten.sqrt(masked_fill)
-                                        root = aten.masked_fill.Scalar(sqrt, zero, 0)
+                                        root = aten.where.self(zero, aten.detach(v), sqrt)
     """
     copied = program.copy()
+    numbers = _numbers(copied)
     for node in list(copied.graph.nodes):
-        if node.op == "call_function" and _is_singular(node) and not _is_guarded(node):
+        if node.op == "call_function" and _is_singular(node, numbers) and not _is_guarded(node):
             with copied.graph.inserting_before(node):
                 guarded = _guard(copied.graph, node)
             node.replace_all_uses_with(guarded)
@@ -61,13 +63,26 @@ def _stop(graph: fx.Graph, node: fx.Node) -> None:
         user.replace_input_with(node, stop)
 
 
-def _is_singular(node: fx.Node) -> bool:
+def _numbers(program: Program) -> set[fx.Node]:
+    """Returns the nodes whose values follow from counters and hyperparameters: powers of those are of whole numbers."""
+    slots = dict(zip(program.placeholders, program.inputs, strict=True))
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if slots[node].role in (Role.HYPER, Role.STATE) and node.meta["val"].dim() == 0:
+                found.add(node)
+        elif all(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_singular(node: fx.Node, numbers: set[fx.Node]) -> bool:
     if node.target is aten.sqrt.default:
         return True
     if node.target is aten.pow.Tensor_Scalar:
         exponent = node.args[1]
         return isinstance(exponent, float) and 0 < exponent < 1
-    return node.target is aten.pow.Tensor_Tensor and node.args[0].meta["val"].dim() > 0  # type: ignore[union-attr]
+    return node.target is aten.pow.Tensor_Tensor and node.args[0] not in numbers
 
 
 def _is_guarded(node: fx.Node) -> bool:
@@ -86,4 +101,8 @@ def _guard(graph: fx.Graph, node: fx.Node) -> fx.Node:
     safe = insert_call(graph, aten.masked_fill.Scalar, (base, zero, 1), like=node)
     safe.meta["guards_zero"] = True
     root = insert_call(graph, node.target, (safe, *rest), like=node)
-    return insert_call(graph, aten.masked_fill.Scalar, (root, zero, 0), like=node)
+    if node.target is not aten.sqrt.default:
+        return insert_call(graph, aten.masked_fill.Scalar, (root, zero, 0), like=node)
+    same = insert_call(graph, aten.detach.default, (base,), like=node)  # the root of a zero is that zero, sign included
+    same.meta["stop"] = True
+    return insert_call(graph, aten.where.self, (zero, same, root), like=node)
