@@ -13,6 +13,7 @@ What is learned fits training runs of the length that was unrolled: a longer run
 """
 
 import argparse
+import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -77,10 +78,9 @@ class Results(NamedTuple):
 
 def load_data() -> Data:
     """Loads scikit-learn's 1,797 digits, always shuffled and split in the same way."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(digits.data / 16, dtype=torch.float32)[order]
-    labels = torch.tensor(digits.target)[order]
+    pixels, digits = load_digits(return_X_y=True)
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(digits)[order]
     return Data(*zip(images.split([800, 400, 597]), labels.split([800, 400, 597]), strict=True))
 
 
@@ -119,16 +119,16 @@ def draw_batches(split: Batches, steps: int, seed: int) -> Batches:
 
 
 def meta_learn(
-    fn: gimli.Functional, data: Data, meta_steps: int, inner_steps: int, seed: int, progress: Progress
+    fn: gimli.Functional, data: Data, inner_steps: int, seeds: Sequence[int], progress: Progress
 ) -> tuple[Settings, History]:
     """Learns the hyperparameters; every meta-step unrolls the training of a new network on new batches."""
     logs = {name: torch.tensor([group[name].log() for group in fn.hyperparameters()]) for name in LEARNED}
     meta_optimizer = torch.optim.Adam([log.requires_grad_() for log in logs.values()], lr=META_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, meta_steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, len(seeds))
     history = History([], {name: [] for name in LEARNED})
-    bar = progress.add_task("meta-learning", total=meta_steps)
-    for step in range(meta_steps):
-        loss = validation_loss_after_training(fn, logs, data, inner_steps, seed=seed + step)
+    bar = progress.add_task("meta-learning", total=len(seeds))
+    for seed in seeds:
+        loss = validation_loss_after_training(fn, logs, data, inner_steps, seed)
         record(history, loss, logs)
         meta_optimizer.zero_grad()
         loss.backward()
@@ -200,10 +200,10 @@ def tune_single_rate(params: int, data: Data, inner_steps: int, seeds: Sequence[
     return min(candidates, key=validation_loss)
 
 
-def compare(learned: Settings, data: Data, inner_steps: int, seed: int, runs: int) -> dict[str, Runs]:
-    """Trains networks from seeds that meta-learning has not used, and judges them on the test split."""
-    seeds = range(seed + 1_000_000, seed + 1_000_000 + runs)
-    tuning_seeds = range(seed + 2_000_000, seed + 2_000_000 + runs)
+def compare(
+    learned: Settings, data: Data, inner_steps: int, tuning_seeds: Sequence[int], seeds: Sequence[int]
+) -> dict[str, Runs]:
+    """Trains new networks with the learned hyperparameters and with others, and judges them on the test split."""
     contestants = {
         "defaults": [{}] * len(learned),
         "best single learning rate": tune_single_rate(len(learned), data, inner_steps, tuning_seeds),
@@ -234,8 +234,8 @@ def print_results(results: Results, console: Console) -> None:
         table.add_row(name, *(f"{setting[hyperparameter]:.1e}" for hyperparameter in LEARNED))
     console.print(table)
     networks, scores = results.runs["learned"].loss.shape
-    console.print(f"After {scores - 1} steps of the live optimizer, test split, mean ± std over {networks} new networks:")
-    table = Table("hyperparameters", "accuracy", "loss")
+    console.print(f"The test split after {scores - 1} steps of the live optimizer, over {networks} new networks:")
+    table = Table("hyperparameters", "accuracy (mean ± std)", "loss (mean ± std)")
     for name, (loss, accuracy) in results.runs.items():
         table.add_row(name, *(f"{final.mean():.3f} ± {final.std():.3f}" for final in (accuracy[:, -1], loss[:, -1])))
     console.print(table)
@@ -270,7 +270,7 @@ def plot_values(axes: Axes, results: Results, hyperparameter: str, title: str) -
     for index, name in enumerate(results.names):
         color = colors(0.9 * (index // 2) / (len(results.names) // 2))
         axes.plot(values[:, index], label=name, color=color, linestyle="--" if name.endswith("bias") else "-")
-    axes.set(title=title, xlabel="meta-step", ylabel=hyperparameter, yscale="log")
+    axes.set(title=title, xlabel="meta-step", ylabel=title.split(" of")[0].lower(), yscale="log")
 
 
 def plot_runs(axes: Axes, runs: Mapping[str, Runs]) -> None:
@@ -289,7 +289,7 @@ def plot_runs(axes: Axes, runs: Mapping[str, Runs]) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Learns hyperparameters by gradients.")
     parser.add_argument("--meta-steps", type=int, default=200, help="updates of the hyperparameters")
     parser.add_argument("--inner-steps", type=int, default=40, help="training steps that each of them looks through")
     parser.add_argument("--runs", type=int, default=20, help="networks that are trained to compare the results")
@@ -313,9 +313,11 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     fn = gimli.functionalize(model, optimizer, loss_fn, per_parameter=True)
     print_program(fn, console)
 
+    seeds = random.Random(args.seed).sample(range(2**32), args.meta_steps + 2 * args.runs)  # no network comes twice
+    meta_seeds, live_seeds = seeds[: args.meta_steps], seeds[args.meta_steps :]
     with Progress(console=console) as progress:
-        learned, history = meta_learn(fn, data, args.meta_steps, args.inner_steps, args.seed, progress)
-    runs = compare(learned, data, args.inner_steps, args.seed, args.runs)
+        learned, history = meta_learn(fn, data, args.inner_steps, meta_seeds, progress)
+    runs = compare(learned, data, args.inner_steps, live_seeds[: args.runs], live_seeds[args.runs :])
 
     results = Results([name for name, _ in model.named_parameters()], learned, history, runs)
     print_results(results, console)

@@ -11,7 +11,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.snapshot import GROUPS
-from gimli_compile.state import Hyperparameters, OptState
+from gimli_compile.state import Hyperparameters, OptState, TrainState
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -64,6 +64,59 @@ def check_options(view: OptimizerView) -> None:
             "Call `functionalize` again. Numbers, such as a learning rate, may change at any time.",
         )
     )
+
+
+def check_model(view: ModelView, before: Mapping[str, tuple[int, bool]]) -> None:
+    """Refuses to run programs of a model whose parameters were replaced, frozen or freed since."""
+    now = view.identity()
+    if now == before:
+        return
+    changed = sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+    raise InputError(
+        compose_message(
+            f"the model's parameters changed after `functionalize`: {', '.join(changed[:4])}",
+            None,
+            "Programs are made for the parameters that the model had then, trained or frozen as they were.",
+            "Call `functionalize` again. The values of parameters may change at any time.",
+        )
+    )
+
+
+def check_loss_function(loss_fn: Any) -> None:
+    """Refuses a loss that cannot be called as one."""
+    if loss_fn is not None and (isinstance(loss_fn, torch.Tensor) or not callable(loss_fn)):
+        raise InputError(
+            f"the loss is a {type(loss_fn).__name__}. Pass a function `loss_fn(model, batch)` or "
+            "`loss_fn(model, batch, meta)` that returns a scalar tensor."
+        )
+
+
+def check_train_state(state: Any) -> None:
+    """Refuses what is no train state."""
+    if not isinstance(state, TrainState):
+        raise InputError(f"the state is a {type(state).__name__}. Use the TrainState that `init()` returns.")
+
+
+def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:
+    """Refuses a hyperparameter with dimensions that do not fit every parameter of its group."""
+    names = view.group_names()
+    shapes = {name: p.shape for p, name in view.live_params()}
+    for path, value in hyper.items():
+        if not value.dim() or not path.startswith("groups."):
+            continue
+        for name in names[int(path.split(".")[1])]:
+            fits = len(value.shape) <= len(shapes[name]) and all(
+                size in (1, full) for size, full in zip(value.shape[::-1], shapes[name][::-1], strict=False)
+            )
+            if not fits:
+                raise InputError(
+                    compose_message(
+                        f"hyper[{path}] has shape {tuple(value.shape)}, but {name!r} of its group {tuple(shapes[name])}",
+                        None,
+                        "A hyperparameter is one number for the group, or one for each element of its parameter.",
+                        "Use `functionalize(..., per_parameter=True)` and a tensor of the parameter's own shape.",
+                    )
+                )
 
 
 def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], what: str) -> None:

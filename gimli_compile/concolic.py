@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
@@ -65,6 +66,15 @@ class Number:
             return unary(round, torch.round, self)
         return unary(lambda value: round(value, digits), lambda tensor: torch.round(tensor, decimals=digits), self)
 
+    @property
+    def real(self) -> Any:
+        """The number itself."""
+        return self
+
+    def conjugate(self) -> Any:
+        """Returns the number itself."""
+        return self
+
     def is_integer(self) -> bool:
         """Tells whether the value is whole, and guards the answer."""
         rest = self % 1  # type: ignore[operator]
@@ -103,8 +113,10 @@ def make_number(value: Plain, tensor: torch.Tensor, recorder: Recorder) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Returns a number without what it stands for; anything else unchanged."""
-    return value.plain if isinstance(value, Number) else value
+    """Returns a number without what it stands for, a NumPy scalar as Python's; anything else unchanged."""
+    if isinstance(value, Number):
+        return value.plain
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def number_of(tensor: torch.Tensor, recorder: Recorder) -> Any:
@@ -148,6 +160,8 @@ def binary(python: Callable[..., Any], on_tensors: Callable[..., Any], left: Any
 def _carried(value: Any) -> Any:
     if isinstance(value, Number):
         return value.tensor
+    if isinstance(value, np.generic):
+        value = value.item()
     return int(value) if isinstance(value, bool) else value
 
 
@@ -224,13 +238,15 @@ _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 def _is_operand(value: Any) -> bool:
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float, np.integer, np.floating))
 
 
 def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[..., Any]:
     on_tensors = _TENSOR_FORM.get(python, python)
 
     def method(self: Any, other: Any, *rest: Any) -> Any:
+        if python is operator.mul and isinstance(other, (list, tuple, str)):
+            return other * int(bake(self, "a number of repetitions"))
         if not _is_operand(other) or rest:
             return NotImplemented
         return binary(python, on_tensors, other, self) if swapped else binary(python, on_tensors, self, other)

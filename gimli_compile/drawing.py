@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import fx
 
 from gimli_compile.drawing_page import render_page
 from gimli_compile.picture import draw_picture, result_name
-from gimli_compile.printing import describe, format_call, target_name
+from gimli_compile.printing import describe, format_call
 from gimli_compile.svg_rendering import render_svg
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def to_networkx(program: Program) -> nx.DiGraph:
         graph.add_node(node.name, **_attributes("input", node, slot=str(slot)))
     for node in program.graph.nodes:
         if node.op == "call_function":
-            text = f"{node.name} = {format_call(node)}"
-            graph.add_node(node.name, **_attributes("operator", node, target=target_name(node.target), text=text))
+            call = format_call(node)
+            target = "getitem" if node.target is operator.getitem else call.partition("(")[0]
+            graph.add_node(node.name, **_attributes("operator", node, target=target, text=f"{node.name} = {call}"))
             for argument, positions in _positions(node).items():
                 graph.add_edge(argument.name, node.name, argument=", ".join(positions))
     for slot, node in zip(program.results, program.returned, strict=True):

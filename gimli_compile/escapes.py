@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from gimli_compile.concolic import Number, bake, binary, guard, make_number, plain, unary
 from gimli_compile.recording import Recorder
@@ -68,7 +69,7 @@ class Escapes:
         def function(left: Any, right: Any, *rest: Any, **options: Any) -> Any:
             left, right = self._read(left), self._read(right)
             if not (isinstance(left, Number) or isinstance(right, Number)) or rest or options:
-                return original(left, right, *rest, **options)
+                return self.baking(original)(left, right, *rest, **options)
             number = left if isinstance(left, Number) else right
             value = _python_number(original(plain(left), plain(right)))
             return make_number(value, on_tensors(_as_tensor(left), _as_tensor(right)), number.recorder)
@@ -108,7 +109,8 @@ class Escapes:
 
         def function(*args: Any, **options: Any) -> Any:
             what = f"a number passed to `{original.__name__}`"
-            return original(*(bake(arg, what) if isinstance(arg, Number) else arg for arg in args), **options)
+            pinned = tree_map(lambda leaf: bake(leaf, what) if isinstance(leaf, Number) else leaf, args)
+            return original(*pinned, **options)
 
         return function
 

@@ -11,11 +11,15 @@ from torch import nn
 
 from gimli_compile.argument_checks import (
     check_hyper,
+    check_loss_function,
+    check_model,
     check_optimizer,
     check_optimizer_params,
     check_options,
+    check_shapes,
     check_state,
     check_tensors,
+    check_train_state,
 )
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loss_table import LossTable
@@ -73,12 +77,14 @@ class Functional:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         check_optimizer(optimizer)
+        check_loss_function(loss_fn)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)
         self._view = OptimizerView(optimizer, self._model_view.param_names, per_parameter=per_parameter)
         kind = type(optimizer)
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._updates = UpdateTable(self._view, f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}")
+        self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
 
     # ------------------------------------------------------------------ values
@@ -112,11 +118,13 @@ class Functional:
 
     def _hyper_values(self, hyper: Hyperparameters | None) -> dict[str, torch.Tensor]:
         check_options(self._view)
+        check_model(self._model_view, self._identity)
         _, values = self._view.read()
         leaves = self._view.hyper_leaves()
         if hyper is None:
             return {leaf.path: hyper_tensor(values[leaf.path]) for leaf in leaves}
         given = check_hyper(hyper, {leaf.path for leaf in leaves})
+        check_shapes(given, self._view)
         return {
             leaf.path: given[leaf.path] if leaf.path in given else hyper_tensor(values[leaf.path]) for leaf in leaves
         }
@@ -175,6 +183,7 @@ class Functional:
                     "Call `functionalize(model, optimizer, loss_fn)`.",
                 )
             )
+        check_train_state(state)
         check_tensors(state.params, self._model_view.live_params, "state.params")
         check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
         check_state(state.opt_state, self._view)

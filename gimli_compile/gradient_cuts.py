@@ -37,6 +37,7 @@ _VALUE_ARGUMENTS = {
     "hardsigmoid_backward": {1},
     "hardshrink_backward": {1},
     "softshrink_backward": {1},
+    "log_sigmoid_backward": {2},
     "rrelu_with_noise_backward": {1},
     "_prelu_kernel_backward": {1},
     "max_pool2d_with_indices_backward": {1},
@@ -56,6 +57,8 @@ _FORM_ARGUMENTS = {
 _RESULT_ARGUMENTS = {
     "nll_loss_forward": {1: {1, 2}},
     "nll_loss2d_forward": {1: {1, 2}},
+    "log_sigmoid_forward": {1: set()},
+    "native_group_norm": {1: set(), 2: set()},
     "convolution_backward": {0: {0, 2}, 1: {0, 1}, 2: {0}},
     "native_layer_norm_backward": {1: {0, 1, 3, 4}, 2: {0}},
     "native_group_norm_backward": {1: {0, 1, 2, 3}, 2: {0}},
@@ -64,9 +67,9 @@ _RESULT_ARGUMENTS = {
 
 
 def arguments(node: fx.Node) -> Iterator[tuple[fx.Node, Passage]]:
-    """Yields the nodes that a call depends on, each with what of it reaches the result; the best of several uses counts.
+    """Yields the nodes that a call depends on, each with what of it reaches the result.
 
-    One of several results of a call depends on the arguments of that call.
+    Of several uses the best counts. One of several results of a call depends on the arguments of that call.
     """
     found: dict[fx.Node, Passage] = {}
     call = call_of(node)

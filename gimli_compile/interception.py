@@ -300,7 +300,7 @@ def _to_numpy(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     raise CaptureError(
         compose_message(
-            "a captured tensor is turned into a NumPy array",
+            "a captured tensor is turned into a Python value: a NumPy array",
             user_source(),
             "NumPy computes outside of torch, where no program can be captured.",
             "Use the operators of torch.",

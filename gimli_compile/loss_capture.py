@@ -100,7 +100,7 @@ class _Run:
     def __init__(self, view: ModelView, params: Tensors, buffers: Tensors) -> None:
         self.view = view
         self.recorder = Recorder("loss")
-        live = view.live_params
+        self.live = live = view.live_params
         self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
         self.params = {name: self._add_param(name, params[name], live[name].requires_grad) for name in live}
         self.buffers = {
@@ -111,15 +111,14 @@ class _Run:
     def _add_param(self, name: str, value: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
         traced = as_leaf(value, requires_grad=requires_grad)
         self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
-        for hook in (self.view.live_params[name]._backward_hooks or {}).values():
+        for hook in (self.live[name]._backward_hooks or {}).values():
             traced.register_hook(hook)
         return traced
 
     def after_accumulation(self, grads: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """Runs the hooks that the live parameters have for the moment when their gradient is there."""
-        live = self.view.live_params
         for name, grad in grads.items():
-            hooks = getattr(live[name], "_post_accumulate_grad_hooks", None) or {}
+            hooks = getattr(self.live[name], "_post_accumulate_grad_hooks", None) or {}
             for hook in hooks.values():
                 traced = self.params[name]
                 traced.grad = grad
@@ -142,7 +141,7 @@ class _Run:
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Runs the model with the traced tensors, everything recorded."""
-        before = self.view.signature()
+        before, attributes = self.view.signature(), self.view.tensor_attributes()
         tensors = {**self.params, **self.buffers}
         with self.view.substituted(tensors), _differentiable_forms(), torch.enable_grad():
             recorder = self.recorder
@@ -156,7 +155,23 @@ class _Run:
             ):
                 yield
             self.new_buffers = self.view.read_buffers()
+            self._refuse_replaced(attributes)
             _warn_of_changes(changed_attributes(before, self.view.signature()))
+
+    def _refuse_replaced(self, before: dict[tuple[int, str], torch.Tensor]) -> None:
+        """Refuses a model that reads a plain tensor attribute and puts another tensor in its place."""
+        after = self.view.tensor_attributes()
+        used = {id(tensor) for tensor in self.recorder.constants.values()}
+        for place, tensor in before.items():
+            if id(tensor) in used and after.get(place) is not tensor:
+                raise CaptureError(
+                    compose_message(
+                        f"the model reads its attribute `{place[1]}` and then replaces it by another tensor",
+                        None,
+                        "The next step of eager training depends on it, and the program would not.",
+                        "Make it a buffer: `register_buffer`.",
+                    )
+                )
 
     def buffer_results(self) -> dict[Slot, fx.Node]:
         return {

@@ -21,6 +21,8 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"the model is a {type(model).__name__}. Pass an instance of `torch.nn.Module`.")
         self.model = model
         _refuse_uninitialized(model)
         self.param_names = {id(p): name for name, p in model.named_parameters()}
@@ -60,6 +62,19 @@ class ModelView:
         finally:
             for module, attributes in before:
                 module.__dict__ = attributes
+
+    def tensor_attributes(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Returns the tensors that modules hold as plain attributes, by module and name."""
+        return {
+            (id(module), key): value
+            for module in self.model.modules()
+            for key, value in vars(module).items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def identity(self) -> dict[str, tuple[int, bool]]:
+        """Returns which parameters the model has now, and which of them require gradients."""
+        return {name: (id(p), p.requires_grad) for name, p in self.model.named_parameters()}
 
     def read_buffers(self) -> dict[str, torch.Tensor]:
         """Returns the present buffers by the names of the live ones; inside `substituted`, the new ones."""

@@ -138,6 +138,11 @@ class OptimizerView:
         """Returns the classes of the objects that make up the optimizer."""
         return [type(owner) for owner in owners_of(self.skeleton)]
 
+    def group_names(self) -> list[list[str]]:
+        """Returns the names of the parameters of each group, as the groups are shown."""
+        groups = [[self.names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        return [[name] for group in groups for name in group] if self.per_parameter else groups
+
     def param_names(self) -> list[str]:
         """Returns the names of the optimizer's parameters, in the order of its groups."""
         return [self.names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
@@ -146,7 +151,7 @@ class OptimizerView:
 
     def _observe(self) -> set[str]:
         """Runs steps on copies with made-up gradients and returns the paths of the numbers that change."""
-        live = {name: p for p, name in self._live_params()}
+        live = {name: p for p, name in self.live_params()}
         generator = torch.Generator().manual_seed(0)
         grads = {name: made_up_gradient(p, generator) for name, p in live.items() if p.requires_grad}
         changing: set[str] = set()
@@ -159,7 +164,8 @@ class OptimizerView:
                 skeleton, values, params = after.skeleton, after.values, after.params
         return changing
 
-    def _live_params(self) -> Iterator[tuple[torch.Tensor, str]]:
+    def live_params(self) -> Iterator[tuple[torch.Tensor, str]]:
+        """Yields the live parameters of the optimizer with their names."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 yield p, self.names[id(p)]
@@ -180,7 +186,7 @@ class OptimizerView:
 
         `params` are copied into leaves that require gradients as the live ones do; `values` are used as they are.
         """
-        requires = {name: p.requires_grad for p, name in self._live_params()}
+        requires = {name: p.requires_grad for p, name in self.live_params()}
         leaves = {
             name: value if isinstance(value, torch.nn.Parameter) else as_leaf(value, requires_grad=requires[name])
             for name, value in params.items()

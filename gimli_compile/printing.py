@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import operator
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,22 +83,31 @@ def format_call(node: fx.Node) -> str:
         return f"{_format(node.args[0])}[{node.args[1]!r}]"
     arguments = [_format(argument) for argument in node.args]
     arguments += [f"{key}={_format(value)}" for key, value in node.kwargs.items()]
-    return f"{target_name(node.target)}({', '.join(arguments)})"
+    return f"{target_name(node)}({', '.join(arguments)})"
 
 
-def target_name(target: Any) -> str:
-    """Returns the name under which printed code calls a target."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target) if target.namespace == "aten" else f"torch.ops.{target}"
-    return f"function_{getattr(target, '__name__', type(target).__name__)}"
+def target_name(node: fx.Node) -> str:
+    """Returns the name under which printed code calls the target of a node."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return function_names(node.graph)[node.target]
+    return str(node.target) if node.target.namespace == "aten" else f"torch.ops.{node.target}"
+
+
+def function_names(graph: fx.Graph) -> dict[Any, str]:
+    """Returns a name for each callable of a graph that is no operator, no name twice."""
+    names: dict[Any, str] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and node.target not in names:
+            name = f"function_{getattr(node.target, '__name__', type(node.target).__name__)}"
+            taken = set(names.values())
+            names[node.target] = next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if n not in taken)
+    return names
 
 
 def run_namespace(graph: fx.Graph) -> dict[str, Any]:
     """Returns the globals that the printed source of a graph needs."""
     namespace: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "inf": math.inf, "nan": math.nan}
-    for node in graph.nodes:
-        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
-            namespace[target_name(node.target)] = node.target
+    namespace.update({name: target for target, name in function_names(graph).items()})
     return namespace
 
 

@@ -115,6 +115,7 @@ class Recorder(TorchDispatchMode):
         self.live: dict[int, str] = {}
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
+        self._fixed: set[Any] = set()
         self._forward_lines: dict[int, SourceLine | None] = {}
         self._last_line: SourceLine | None = None
         self._last_input: fx.Node | None = None
@@ -145,7 +146,7 @@ class Recorder(TorchDispatchMode):
         return tensor in self._nodes
 
     def _may_change(self, tensor: torch.Tensor) -> bool:
-        return self.knows(tensor) and not any(tensor is constant for constant in self.constants.values())
+        return self.knows(tensor) and _storage(tensor) not in self._fixed
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """Returns the node of a tensor; an unknown tensor becomes a constant."""
@@ -156,6 +157,7 @@ class Recorder(TorchDispatchMode):
             slot = Slot(Role.CONSTANT, f"{self.name}.{len(self.constants)}")
             node = self.add_input(slot, tensor, 0)
             self.constants[slot] = tensor
+            self._fixed.add(_storage(tensor))
         return node
 
     def reach(self, tensor: torch.Tensor) -> int:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from gimli_compile.loss_capture import tree_slots
 from gimli_compile.loss_table import LossTable
 from gimli_compile.optimizer_view import UpdateInputs, made_up_gradient
+from gimli_compile.program import Program
 from gimli_compile.requirements import Captured
-from gimli_compile.slot import Slot
+from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.transforms import is_differentiated, is_zero
-from gimli_compile.update_table import UpdateTable
+from gimli_compile.update_table import UpdateTable, form
 from gimli_compile.variant import UpdateVariant
 
 _STEPS = 2
@@ -46,7 +48,7 @@ def capture_for_requirements(
             variants += [variant] if variant not in variants else []
             params, opt_state = updates.run(inputs)
             state = TrainState(params, buffers, opt_state)
-    gradient = _gradient_of(losses, state, batch, meta, trained)
+    gradient = _gradient_of(losses, state, batch, meta)
     zeros = frozenset(path for path, value in hyper.items() if is_zero(value))
     return Captured(updates.title, gradient, tuple(variants), tuple(trained), zeros)
 
@@ -57,7 +59,19 @@ def _variant_for(updates: UpdateTable, inputs: UpdateInputs) -> UpdateVariant:
     return updates.variant_for(inputs, values, zeros, [])
 
 
-def _gradient_of(losses: LossTable, state: TrainState, batch: Any, meta: Any, trained: Sequence[str]) -> Any:
-    if batch is not None:
-        return losses.all_gradients[-1].exact
-    return losses.all_gradients[-1].exact if losses.gradients else None
+def _gradient_of(losses: LossTable, state: TrainState, batch: Any, meta: Any) -> Program | None:
+    """Returns the latest of the captured gradients that take inputs of these forms."""
+    values = {Slot(Role.PARAM, name): value for name, value in state.params.items()}
+    values.update(tree_slots(Role.BATCH, batch) | tree_slots(Role.META, meta))
+    known = [gradient.exact for gradient in losses.all_gradients]
+    fitting = [program for program in known if batch is None or _fits(program, values)]
+    return fitting[-1] if fitting else None
+
+
+def _fits(program: Program, values: Mapping[Slot, torch.Tensor]) -> bool:
+    taken = {
+        slot: form(node.meta["val"])
+        for slot, node in zip(program.inputs, program.placeholders, strict=True)
+        if slot.role in (Role.PARAM, Role.BATCH, Role.META)
+    }
+    return taken == {slot: form(value) for slot, value in values.items()}

@@ -25,6 +25,16 @@ def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: Tra
                 "Pass an optimizer of the same class, over the model's parameters.",
             )
         )
+    groups = sum(len(g["params"]) for g in optimizer.param_groups), len(optimizer.param_groups)
+    if groups != (sum(len(g["params"]) for g in view.optimizer.param_groups), len(view.optimizer.param_groups)):
+        raise InputError(
+            compose_message(
+                "the optimizer has other parameter groups than the state",
+                None,
+                "A state has the structure of the optimizer that it was made for.",
+                "Create the optimizer with the same groups.",
+            )
+        )
     live = ModelView(model)
     with torch.no_grad():
         for name, value in state.params.items():

@@ -109,7 +109,7 @@ class _Walk:
         index = self._seen[id(value)] = self._count
         self._count += 1
         self._keep.append(value)
-        self.key.append((type(value).__qualname__, len(items), getattr(value, "maxlen", None)))
+        self.key.append((type(value).__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
         parts = tuple((self._visit_key(key), self.visit(item, (*path, self._step(key)))) for key, item in items)
         return Container(index, make, parts, owner, isinstance(value, tuple))
 

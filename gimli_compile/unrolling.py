@@ -159,7 +159,7 @@ def _check_options(backward: str, order: int, truncate: int | None) -> None:
         raise InputError(f"backward={backward!r} is not an option. Use one of {', '.join(map(repr, _BACKWARD))}.")
     if order not in (1, 2):
         raise InputError(f"order={order!r} is not an option. Use 2 (exact) or 1 (first-order).")
-    if truncate is not None and (isinstance(truncate, bool) or truncate < 1):
+    if truncate is not None and (not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1):
         raise InputError(f"truncate={truncate!r} is not an option. Use None or a positive number of steps.")
 
 

@@ -58,7 +58,7 @@ class _Tracing:
     # ------------------------------------------------------------------ inputs
 
     def _announce(self) -> None:
-        requires = {name: p.requires_grad for p, name in self.view._live_params()}
+        requires = {name: p.requires_grad for p, name in self.view.live_params()}
         for name, flag in requires.items():
             with self.recorder.paused():
                 traced = as_leaf(self.inputs.params[name], requires_grad=flag)

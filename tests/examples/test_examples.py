@@ -1,0 +1,183 @@
+"""The example scripts: they run to a picture, are reproducible, and compute what the same loops by hand compute."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.progress import Progress
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+import gimli_compile as gimli
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Callable[[str], ModuleType]]:
+    """Loads scripts as Python does when it runs them: with their folder on the path."""
+
+    def load_script(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield load_script
+
+
+@pytest.fixture(scope="module")
+def rates(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("learn_learning_rates")
+
+
+@pytest.fixture(scope="module")
+def maml(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("maml_few_shot")
+
+
+def run(script: ModuleType, path: Path, *arguments: str):
+    """Runs a script at its smallest, checks its picture, and returns its results."""
+    results = script.main(["--smoke", "--output", str(path), *arguments])
+    picture = imread(path)
+    height, width, _ = picture.shape
+    assert min(height, width) > 400
+    quarters = [picture[y : y + height // 2, x : x + width // 2] for y in (0, height // 2) for x in (0, width // 2)]
+    assert all(0.05 < quarter[..., :3].std() < 0.5 for quarter in quarters)
+    return results
+
+
+def test_hyperparameters_are_learned_and_compared(
+    rates: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "rates.png"
+    results = run(rates, path)
+    assert results.names == [f"layer{layer}.{kind}" for layer in (1, 2, 3, 4) for kind in ("weight", "bias")]
+    assert len(results.history.validation_loss) == 4
+    for hyperparameter, first in (("lr", 1e-3), ("weight_decay", 1e-2)):
+        values = torch.tensor(results.history.values[hyperparameter], dtype=torch.float64)
+        assert values.shape == (4, 8)
+        torch.testing.assert_close(values[0], torch.full_like(values[0], first), rtol=1e-6, atol=0)
+        assert (values[1:] != values[:-1]).all()
+    assert list(results.runs) == ["defaults", "best single learning rate", "learned"]
+    for loss, accuracy in results.runs.values():
+        assert loss.shape == accuracy.shape == (2, 6)
+        assert torch.equal(loss[:, 0], results.runs["defaults"].loss[:, 0])
+        assert (loss[:, -1] < loss[:, 0]).all()
+        assert ((accuracy > 0) & (accuracy < 1)).all()
+
+    printed = capsys.readouterr().out
+    assert "pytorch_optimizer/optimizer/adabelief.py" in printed
+    assert 'print(fn.programs["update"]) shows all' in printed
+    assert "best single learning rate" in printed
+    assert str(path) in printed
+
+    again = run(rates, tmp_path / "again.png")
+    assert again.history == results.history
+    assert again.learned == results.learned
+    assert all(torch.equal(again.runs[name].loss, runs.loss) for name, runs in results.runs.items())
+
+
+def test_the_inner_loop_is_the_live_training(rates: ModuleType) -> None:
+    """The loss that is meta-learned on is what the optimizer reaches outside of the library."""
+    data = rates.load_data()
+    model = rates.make_model(seed=3)
+    optimizer = rates.AdaBelief(model.parameters(), weight_decay=0.01)
+    fn = gimli.functionalize(model, optimizer, rates.loss_fn, per_parameter=True)
+    logs = {
+        "lr": torch.linspace(-6, -4, 8, dtype=torch.float64),
+        "weight_decay": torch.linspace(-3, 1, 8, dtype=torch.float64),
+    }
+    loss = rates.validation_loss_after_training(fn, logs, data, inner_steps=6, seed=5)
+    settings = [
+        {"lr": lr, "weight_decay": decay}
+        for lr, decay in zip(logs["lr"].exp().tolist(), logs["weight_decay"].exp().tolist(), strict=True)
+    ]
+    live = rates.train_live(settings, data.train, data.validation, inner_steps=6, seeds=[5])
+    assert loss.item() == pytest.approx(live.loss[0, -1].item(), rel=1e-5)
+    assert abs(live.loss[0, -1] - live.loss[0, 0]) > 0.1
+
+
+def test_the_splits_of_the_digits_are_disjoint_and_fixed(rates: ModuleType) -> None:
+    data, again = rates.load_data(), rates.load_data()
+    assert [len(labels) for _, labels in data] == [800, 400, 597]
+    assert all(
+        torch.equal(a, b) for split, other in zip(data, again, strict=True) for a, b in zip(split, other, strict=True)
+    )
+    assert len(torch.cat([images for images, _ in data]).unique(dim=0)) == 1797
+
+
+def test_maml_learns_and_is_compared(maml: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "maml.png"
+    results = run(maml, path, "--learn-rates")
+    assert len(results.course.train) == 4
+    assert list(results.course.validation) == [1, 2, 3, 4]
+    assert len(results.rates) == 18
+    assert all(0 < abs(rate - 0.4) < 0.01 for name, rate in results.rates.items() if name.endswith("weight"))
+    assert results.maml.shape == (10, 5)
+    assert results.scratch.shape == (10, len(maml.SCRATCH_STEPS))
+    assert results.nearest.shape == (10,)
+    assert results.scratch[:, 0].mean() < 0.35
+    assert results.scratch[:, -1].mean() > 0.5
+    assert results.maml[:, -1].mean() > results.maml[:, 0].mean() + 0.1
+
+    printed = capsys.readouterr().out
+    assert "MAML (2 steps)" in printed
+    assert "inner learning rate" in printed
+    assert str(path) in printed
+
+    again = run(maml, tmp_path / "again.png", "--learn-rates")
+    assert again.course == results.course
+    assert again.rates == results.rates
+    assert torch.equal(again.maml, results.maml)
+    assert torch.equal(again.scratch, results.scratch)
+
+
+def test_the_meta_gradient_of_maml_is_that_of_the_loops_by_hand(maml: ModuleType) -> None:
+    images = maml.draw_characters(classes=8, drawings=4, size=8).double()
+    episodes = maml.EpisodeSampler(images, ways=3, shots=1, queries=2).sample(2)
+    episodes = maml.Episodes(*(t.double() if t.is_floating_point() else t for t in episodes))
+    model = maml.make_model(ways=3, size=8).double()
+    fn = gimli.functionalize(
+        model, torch.optim.SGD(model.parameters(), lr=maml.INNER_RATE), maml.loss_fn, per_parameter=True
+    )
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    log_rates = torch.linspace(-2, -1, len(params), dtype=torch.float64).requires_grad_()
+    leaves = [*params.values(), log_rates]
+
+    logits = maml.adapt(fn, maml.Start(params, log_rates), episodes, steps=3)
+    found = torch.autograd.grad(cross_entropy(logits.flatten(0, 1), episodes.query_labels.flatten()), leaves)
+
+    by_hand = []
+    for support, labels, query, _ in zip(*episodes, strict=True):
+        adapted = params
+        for _ in range(3):
+            loss = cross_entropy(functional_call(model, adapted, (support,)), labels)
+            grads = torch.autograd.grad(loss, list(adapted.values()), create_graph=True)
+            steps = zip(adapted.items(), grads, log_rates.exp(), strict=True)
+            adapted = {name: param - rate * grad for (name, param), grad, rate in steps}
+        by_hand.append(functional_call(model, adapted, (query,)))
+    torch.testing.assert_close(logits, torch.stack(by_hand), rtol=1e-9, atol=1e-9)
+    expected = torch.autograd.grad(cross_entropy(torch.cat(by_hand), episodes.query_labels.flatten()), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_inner_rates_of_maml_stay_unless_they_are_learned(maml: ModuleType) -> None:
+    data = maml.split_classes(maml.draw_characters(classes=40, size=28))
+    args = maml.parse_arguments(["--smoke", "--meta-steps", "1"])
+    args.meta_steps = 1
+    model = maml.make_model(args.ways)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.4), maml.loss_fn, per_parameter=True)
+    start, _ = maml.meta_learn(fn, data, args, Progress())
+    assert start.log_rates.exp().tolist() == pytest.approx([0.4] * 18)
+    assert all((start.params[name] != before[name]).any() for name in before if name.endswith("weight"))
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
