@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,6 +95,20 @@ def check_train_state(state: Any) -> None:
     """Refuses what is no train state."""
     if not isinstance(state, TrainState):
         raise InputError(f"the state is a {type(state).__name__}. Use the TrainState that `init()` returns.")
+
+
+def check_constants(constants: Iterable[torch.Tensor]) -> None:
+    """Refuses to recompute steps whose loss holds a tensor to differentiate that is none of its arguments."""
+    for tensor in constants:
+        if tensor.requires_grad:
+            raise InputError(
+                compose_message(
+                    f"the loss uses a tensor of shape {tuple(tensor.shape)} that requires a gradient and is no argument",
+                    None,
+                    "With `checkpoint`, a step is computed again from its arguments only: the gradient would be lost.",
+                    "Pass the tensor as `meta`, or use `checkpoint=None`.",
+                )
+            )
 
 
 def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:

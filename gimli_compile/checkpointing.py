@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gimli_compile.errors import InputError, compose_message
+
 Tensor = torch.Tensor
 
 
@@ -31,7 +33,20 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
         return tuple(results)
 
     results = _Segment.apply(flat, *tensors)
+    _refuse_wrapped(draws)
     return pytree.tree_unflatten([results[place] for place in form[1]], form[0])
+
+
+def _refuse_wrapped(draws: list[Any]) -> None:
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, pytree.tree_leaves(draws))):
+        raise InputError(
+            compose_message(
+                "`checkpoint` under a torch.func transform cannot keep the random draws of a step",
+                None,
+                "They belong to a transform that has ended when the step is computed again.",
+                "Use `unroll(..., tasks=True)` for many tasks, and `backward()` outside.",
+            )
+        )
 
 
 def _distinct(leaves: list[Any]) -> tuple[list[Tensor], list[int | None]]:
@@ -51,38 +66,64 @@ def _distinct(leaves: list[Any]) -> tuple[list[Tensor], list[int | None]]:
 
 
 class _Segment(torch.autograd.Function):
-    """One node of the autograd graph for a whole segment."""
+    """One node of the autograd graph for a whole segment; works under torch.func transforms as well."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, flat: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(flat: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
         """Runs the segment without recording it."""
-        ctx.flat = flat
-        ctx.save_for_backward(*tensors)
         with torch.no_grad():
             results = flat(*tensors)
         given = {id(tensor) for tensor in tensors}
-        results = tuple(result.clone() if id(result) in given else result for result in results)
-        ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
-        return results
+        return tuple(result.clone() if id(result) in given else result for result in results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps the inputs."""
+        ctx.flat = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.mark_non_differentiable(*(result for result in output if not result.is_floating_point()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Runs the segment again and differentiates it."""
-        again = torch.is_grad_enabled()
         saved = ctx.saved_tensors
-        with torch.enable_grad():
-            inputs = [tensor.view_as(tensor) if again else tensor.detach() for tensor in saved]
-            wanted = [index for index, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
-            for index in wanted:
-                if not inputs[index].requires_grad:
-                    inputs[index].requires_grad_()
-            results = ctx.flat(*inputs)
-        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+        wanted = [index for index, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
+        transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*saved, *grads)))
+        pull = _pull_transformed if transformed else _pull
         found: list[Tensor | None] = [None] * len(saved)
-        if pairs and wanted:
-            outputs, seeds = zip(*pairs, strict=True)
-            sources = [inputs[index] for index in wanted]
-            computed = torch.autograd.grad(outputs, sources, seeds, allow_unused=True, create_graph=again)
-            for index, grad in zip(wanted, computed, strict=True):
-                found[index] = grad
+        for index, grad in zip(wanted, pull(ctx.flat, saved, wanted, grads), strict=True):
+            found[index] = grad
         return (None, *found)
+
+
+def _pull(flat: Callable[..., Any], saved: Any, wanted: list[int], grads: Any) -> Any:
+    """Returns the gradients in the wanted inputs, themselves differentiable if gradients are recorded."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [tensor.view_as(tensor) if again else tensor.detach() for tensor in saved]
+        for index in wanted:
+            if not inputs[index].requires_grad:
+                inputs[index].requires_grad_()
+        results = flat(*inputs)
+    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    outputs, seeds = zip(*pairs, strict=True)
+    sources = [inputs[index] for index in wanted]
+    return torch.autograd.grad(outputs, sources, seeds, allow_unused=True, create_graph=again)
+
+
+def _pull_transformed(flat: Callable[..., Any], saved: Any, wanted: list[int], grads: Any) -> Any:
+    """The same for torch.func, which has no `autograd.grad`."""
+
+    def run(*chosen: Tensor) -> tuple[Tensor, ...]:
+        inputs = list(saved)
+        for index, value in zip(wanted, chosen, strict=True):
+            inputs[index] = value
+        return tuple(result for result in flat(*inputs) if result.is_floating_point())
+
+    with torch.enable_grad():
+        _, pull = torch.func.vjp(run, *(saved[index] for index in wanted))
+    return pull(tuple(grad for grad in grads if grad.is_floating_point()))

@@ -245,7 +245,7 @@ def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[.
     on_tensors = _TENSOR_FORM.get(python, python)
 
     def method(self: Any, other: Any, *rest: Any) -> Any:
-        if python is operator.mul and isinstance(other, (list, tuple, str)):
+        if python is operator.mul and isinstance(self, int) and isinstance(other, (list, tuple, str)):
             return other * int(bake(self, "a number of repetitions"))
         if not _is_operand(other) or rest:
             return NotImplemented

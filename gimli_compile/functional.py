@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gimli_compile.argument_checks import (
+    check_constants,
     check_hyper,
     check_loss_function,
     check_model,
@@ -242,7 +243,10 @@ class Functional:
 
         def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
             self._check_step(now)
-            return self._step(now, batch, hyper, meta, order=order, draws=draws)
+            made = self._step(now, batch, hyper, meta, order=order, draws=draws)
+            if checkpoint is not None:
+                check_constants(self._losses.constants())
+            return made
 
         return unroll_steps(
             step,

@@ -303,7 +303,7 @@ def _to_numpy(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
             "a captured tensor is turned into a Python value: a NumPy array",
             user_source(),
             "NumPy computes outside of torch, where no program can be captured.",
-            "Use the operators of torch.",
+            "Use the operators of torch, such as `torch.where`.",
         )
     )
 

@@ -51,6 +51,10 @@ class LossTable:
         """All captured gradients, the latest last."""
         return [gradient for group in self.gradients.values() for gradient in group]
 
+    def constants(self) -> list[torch.Tensor]:
+        """Returns the tensors that the captured losses hold as constants."""
+        return [tensor for gradient in self.all_gradients for tensor in gradient.exact.constants.values()]
+
     def forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> tuple[Any, Tensors]:
         """Returns the model's output and the new buffers."""
         key = (self.view.signature(), _forms(params, buffers), _tree_form((args, kwargs)))

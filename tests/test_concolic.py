@@ -145,7 +145,8 @@ def test_divmod(a, b):
     for part in (0, 1):
         check(lambda a, b, part=part: divmod(a, b)[part], {"a": a, "b": b}, [{"a": a + 10, "b": b}], smooth=False)
         check(lambda a, part=part: divmod(a, b)[part], {"a": a}, [{"a": a + 10}], smooth=False)
-        check(lambda b, part=part: divmod(a, b)[part], {"b": b}, [{"b": b * 2}], smooth=False)
+        if isinstance(a, int):  # Python asks a float first, and it takes any int as it is
+            check(lambda b, part=part: divmod(a, b)[part], {"b": b}, [{"b": b * 2}], smooth=False)
 
 
 def test_sums_of_mixed_lists():
@@ -587,8 +588,6 @@ def test_extremes_of_other_things_are_pythons(library):
     [
         "torch.zeros(2, dtype=float).dtype",
         "torch.ones(2).to(float).dtype",
-        "np.zeros(2, dtype=float).dtype",
-        "np.array([1], int).dtype",
     ],
 )
 def test_types_given_as_dtypes_are_understood(library, text):
