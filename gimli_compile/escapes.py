@@ -249,4 +249,3 @@ def escapes_closed(recorder: Recorder, modules: Iterable[ModuleType]) -> Iterato
                 del names[name]
             else:
                 names[name] = before
-

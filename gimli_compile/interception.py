@@ -33,9 +33,7 @@ def _no_torch_function(*_: Any) -> bool:
 def _body(function: types.FunctionType) -> types.FunctionType:
     """Returns a Python function of torch that runs its own body instead of asking the mode again."""
     names = {**function.__globals__, **dict.fromkeys(_CHECKS, _no_torch_function)}
-    body = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
 
@@ -266,8 +264,10 @@ def _stack(mode: Interception, data: Any) -> Tensor:
 
 def _full(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """`full`, `full_like`, `new_full` with a concolic fill value: an empty tensor that is filled."""
-    names = ("input", "size", "fill_value") if func is Tensor.new_full else (
-        ("input", "fill_value") if func is torch.full_like else ("size", "fill_value")
+    names = (
+        ("input", "size", "fill_value")
+        if func is Tensor.new_full
+        else (("input", "fill_value") if func is torch.full_like else ("size", "fill_value"))
     )
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     value = given.pop("fill_value")

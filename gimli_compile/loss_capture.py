@@ -51,7 +51,9 @@ class Forward:
 
     def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
         """Returns the model's output from the program's results."""
-        leaves = [results[Slot(Role.OUTPUT, str(i))] if value is _TENSOR else value for i, value in enumerate(self.fixed)]
+        leaves = [
+            results[Slot(Role.OUTPUT, str(i))] if value is _TENSOR else value for i, value in enumerate(self.fixed)
+        ]
         return pytree.tree_unflatten(leaves, self.structure)
 
 

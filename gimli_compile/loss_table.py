@@ -101,9 +101,7 @@ class LossTable:
         params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))
         title = f"loss and gradient of {self.title}"
         with outside_transforms(), torch.random.fork_rng():
-            return Gradient(
-                capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title)
-            )
+            return Gradient(capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title))
 
 
 def _with_new(known: list[Any], capture: Callable[[], Any]) -> Iterator[Any]:
@@ -146,5 +144,3 @@ def _tree_form(tree: Any) -> Any:
 
 def _static(leaf: Any) -> Any:
     return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None))) else id(leaf)
-
-

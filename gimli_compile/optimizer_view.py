@@ -118,7 +118,9 @@ class OptimizerView:
         if not hasattr(self, "_paths_in_state"):
             found = {key: part for key, part in self.skeleton.root.items}
             state = found.get("state")
-            self._paths_in_state = {leaf.path for leaf in leaves_of(Skeleton(state, ()))} if state is not None else set()
+            self._paths_in_state = (
+                {leaf.path for leaf in leaves_of(Skeleton(state, ()))} if state is not None else set()
+            )
         return self._paths_in_state
 
     def hyper_leaves(self) -> list[Leaf]:
@@ -160,7 +162,9 @@ class OptimizerView:
         with torch.random.fork_rng(devices=[]):
             for _ in range(3):
                 after = self.run(skeleton, params, grads, values, self.step)
-                changing |= {p for p, value in after.values.items() if p in self.values and _differs(value, self.values[p])}
+                changing |= {
+                    p for p, value in after.values.items() if p in self.values and _differs(value, self.values[p])
+                }
                 skeleton, values, params = after.skeleton, after.values, after.params
         return changing
 

@@ -7,10 +7,10 @@ from gimli_compile.passes.detachment import reconnect_gradients
 from gimli_compile.passes.layout import relax_views
 from gimli_compile.passes.liveness import eliminate_dead_code
 from gimli_compile.passes.mutation import functionalize
+from gimli_compile.passes.normalization import write_out_normalization
 from gimli_compile.passes.order import stop_inner_gradients
 from gimli_compile.passes.redundancy import merge_common_subexpressions
 from gimli_compile.passes.singularity import guard_zeros
-from gimli_compile.passes.normalization import write_out_normalization
 from gimli_compile.program import Pass, Program, apply_passes
 from gimli_compile.slot import CARRIED
 
@@ -31,6 +31,7 @@ UPDATE_PASSES: tuple[Pass, ...] = (
     merge_common_subexpressions,
     eliminate_dead_code,
 )
+
 
 def first_order(program: Program) -> Program:
     """Returns the form of a program whose inner gradients are constants."""

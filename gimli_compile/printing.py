@@ -97,7 +97,11 @@ def function_names(graph: fx.Graph) -> dict[Any, str]:
     """Returns a name for each callable of a graph that is no operator, no name twice."""
     names: dict[Any, str] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and node.target not in names:
+        if (
+            node.op == "call_function"
+            and not isinstance(node.target, torch._ops.OpOverload)
+            and node.target not in names
+        ):
             name = f"function_{getattr(node.target, '__name__', type(node.target).__name__)}"
             taken = set(names.values())
             names[node.target] = next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if n not in taken)

@@ -132,7 +132,6 @@ class Program:
             copied.meta = dict(node.meta)
         return replace(self, graph=graph, **changes)  # type: ignore[arg-type]
 
-
     def tidied(self) -> Program:
         """Returns a copy without calls that nothing uses, its nodes numbered in order."""
         live = {self.output}

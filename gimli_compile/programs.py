@@ -71,7 +71,9 @@ class Programs(Mapping[str, Family]):
 
     def __getitem__(self, name: str) -> Family:
         if name not in self._families and name in ("forward", "grad", "step"):
-            raise KeyError(f"{name}: not captured yet; call `{'forward' if name == 'forward' else 'step'}` on a batch first")
+            raise KeyError(
+                f"{name}: not captured yet; call `{'forward' if name == 'forward' else 'step'}` on a batch first"
+            )
         return self._families[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -91,7 +93,9 @@ def _families(losses: LossTable, updates: UpdateTable) -> Iterator[tuple[str, Fa
     yield "update", Family("update", variants)
     if losses.gradients:
         gradient = losses.all_gradients[-1].exact
-        fitting = tuple((compose(gradient, program), guards) for program, guards in variants if _fits(gradient, program))
+        fitting = tuple(
+            (compose(gradient, program), guards) for program, guards in variants if _fits(gradient, program)
+        )
         if fitting:
             yield "step", Family("step", fitting)
 

@@ -52,7 +52,9 @@ def call_with_numbers(mode: Interception, func: Any, args: Any, kwargs: Any) -> 
         if name in _ELEMENTWISE:
             like = _floating_operand(args, kwargs)
             convert = _converter(like)
-            return func(*(_convert(arg, convert) for arg in args), **{k: _convert(v, convert) for k, v in kwargs.items()})
+            return func(
+                *(_convert(arg, convert) for arg in args), **{k: _convert(v, convert) for k, v in kwargs.items()}
+            )
     return _call_baked(mode, func, args, kwargs)
 
 
@@ -89,7 +91,9 @@ def _convert(value: Any, convert: Callable[[Number], Tensor]) -> Any:
     if isinstance(value, Number):
         return convert(value)
     if isinstance(value, (list, tuple)):
-        return tree_map(lambda leaf: bake(leaf, "a number used as an index") if isinstance(leaf, Number) else leaf, value)
+        return tree_map(
+            lambda leaf: bake(leaf, "a number used as an index") if isinstance(leaf, Number) else leaf, value
+        )
     return value
 
 
@@ -231,4 +235,3 @@ def _call_baked(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
         return bake(leaf, what) if isinstance(leaf, Number) else leaf
 
     return mode.call(func, tree_map(pin, args), tree_map(pin, kwargs))
-

@@ -188,7 +188,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _is_owned_object(value: Any) -> bool:
-    if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__") or callable(value) and not _has_state(value):
+    if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__") or (callable(value) and not _has_state(value)):
         return False
     module = type(value).__module__.split(".")[0]
     return module not in sys.stdlib_module_names
@@ -221,9 +221,7 @@ def _dict_maker(value: dict[Any, Any]) -> Callable[[list[Any]], Any]:
 
 
 @contextmanager
-def installed(
-    skeleton: Skeleton, value_of: Callable[[Leaf], Any], param_of: Callable[[str], Any]
-) -> Iterator[None]:
+def installed(skeleton: Skeleton, value_of: Callable[[Leaf], Any], param_of: Callable[[str], Any]) -> Iterator[None]:
     """Fills the live objects of a skeleton with the caller's values, and restores them on leaving."""
     before: list[tuple[Any, dict[str, Any]]] = []
     made: dict[int, Any] = {}

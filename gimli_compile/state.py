@@ -102,7 +102,9 @@ def to_tensor(value: Value, kind: str) -> torch.Tensor:
 
 def hyper_tensor(value: Value) -> torch.Tensor:
     """Returns a hyperparameter as a tensor: numbers become float64, ints included, so that all are differentiable."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    return (
+        value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    )
 
 
 def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths: set[str]) -> Hyperparameters:

@@ -154,7 +154,9 @@ def _finish(
             drop.add(slot)
             continue
         found[node, outcome] = Condition(slot, outcome, expression(node))
-    kept = [index for index, slot in enumerate(program.results) if slot not in drop and not _is_same_hyper(program, slot)]
+    kept = [
+        index for index, slot in enumerate(program.results) if slot not in drop and not _is_same_hyper(program, slot)
+    ]
     main, decide = split_guards(restrict_results(program, kept), list(before.values()))
     main = _titled(drop_unused_inputs(main, roles=(Role.HYPER,)))
     pins = _pins(main, decide, inputs)

@@ -44,7 +44,9 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     baked = list(variant.baked)
     for slot in escaped:
         pins[slot] = float(values[slot])
-        baked.append(Baked(f"{slot} is a constant of the program: the step depends on it in a way that no capture sees", None))
+        baked.append(
+            Baked(f"{slot} is a constant of the program: the step depends on it in a way that no capture sees", None)
+        )
     return replace(variant, pins=pins, baked=tuple(baked))
 
 

@@ -67,14 +67,13 @@ class UpdateVariant:
     @property
     def guards(self) -> tuple[str, ...]:
         """The conditions as text."""
-        pins = tuple(f"{slot.name} == {value:g}" for slot, value in self.pins.items())
+        shown = {slot: value for slot, value in self.pins.items() if not slot.path.startswith("defaults.")}
+        pins = tuple(f"{slot.name} == {value:g}" for slot, value in shown.items())
         return tuple(map(str, (*self.before, *self.after))) + pins
 
 
 def _is_pinned(value: torch.Tensor, pin: float) -> bool:
     return is_everywhere(value == pin, True)
-
-
 
 
 def split_guards(program: Program, before: list[Condition]) -> tuple[Program, Program | None]:

@@ -133,7 +133,11 @@ class _Rewrite:
     def _write(self, node: fx.Node, value: fx.Node, writer: fx.Node, *, kept: bool = False) -> None:
         """Makes `value` the present value of a tensor; `kept` keeps the derivative of the value before."""
         alias = self.aliases[node]
-        form = node.meta["val"] if node is writer or not isinstance(writer.meta["val"], torch.Tensor) else writer.meta["val"]
+        form = (
+            node.meta["val"]
+            if node is writer or not isinstance(writer.meta["val"], torch.Tensor)
+            else writer.meta["val"]
+        )
         value = self._fit(value, form, writer)
         whole = alias.storage.value
         alias.storage.value = self._put(alias.chain, lambda: whole, whole.meta["val"], value, writer)
@@ -294,7 +298,9 @@ class _Rewrite:
         """`unsqueeze_` and its kin change what a tensor shows, not its values."""
         alias = self.aliases[written]
         view = _View(_out_of_place(node), fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
-        self.aliases[written] = self.aliases[node] = _Alias(alias.storage, (*alias.chain, view), alias.storage.value, -1)
+        self.aliases[written] = self.aliases[node] = _Alias(
+            alias.storage, (*alias.chain, view), alias.storage.value, -1
+        )
 
     def _call_batch_norm(self, node: fx.Node) -> None:
         """Running statistics carry no gradient, in eager code as here."""

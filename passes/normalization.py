@@ -61,7 +61,8 @@ def _backward(
     graph: fx.Graph, like: fx.Node, upstream: Any, value: Any, affine: Any, eps: Any, within: Any, across: Any
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Returns the gradients in input, weight and bias. `within` are the dimensions that are normalized over, `across`
-    those that share a weight."""
+    those that share a weight.
+    """
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return insert_call(graph, target, args, kwargs, like=like)

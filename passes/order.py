@@ -14,8 +14,8 @@ aten = torch.ops.aten
 def stop_inner_gradients(program: Program) -> Program:
     """Treats the inner gradients as constants: first-order MAML (Finn et al. 2017, section 5.2).
 
-        return (loss, grad)     becomes     detach = aten.detach.default(grad)
-                                            return (loss, detach)
+    return (loss, grad)     becomes     detach = aten.detach.default(grad)
+                                        return (loss, detach)
     """
     copied = program.copy()
     output = copied.output

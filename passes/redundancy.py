@@ -12,10 +12,10 @@ from gimli_compile.program import Program
 def merge_common_subexpressions(program: Program) -> Program:
     """Computes equal calls once. Draws are inputs, so every operator of a program is a function of its arguments.
 
-        a = aten.sqrt(x)                  a = aten.sqrt(x)
-        b = aten.sqrt(x)      becomes     c = aten.add(a, a)
-        c = aten.add(a, b)                return (c,)
-        return (c,)
+    a = aten.sqrt(x)                  a = aten.sqrt(x)
+    b = aten.sqrt(x)      becomes     c = aten.add(a, a)
+    c = aten.add(a, b)                return (c,)
+    return (c,)
     """
     copied = program.copy()
     first: dict[Any, fx.Node] = {}

@@ -245,7 +245,7 @@ ELEMENTWISE = {
     "rounding": lambda p, g, s, h: p + g.floor() + (3 * g).ceil() + (5 * g).trunc() + g.sign(),
     "casts": lambda p, g, s, h: p + (4 * g).to(torch.int64),
     "division": lambda p, g, s, h: (
-        p + torch.div(g, 0.3, rounding_mode="floor") + g.div(0.3, rounding_mode="trunc") + 4 // p
+        torch.div(g, 0.3, rounding_mode="floor") + g.div(0.3, rounding_mode="trunc") + 4 // p
     ),
     "remainder": lambda p, g, s, h: p + g.remainder(0.4),
     "functions": lambda p, g, s, h: g.tanh() + p.sin() * g.cos() + torch.sigmoid(g) + p.square().log1p() + g.expm1(),

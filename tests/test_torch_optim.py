@@ -157,7 +157,9 @@ def test_muon_differentiates_what_its_bfloat16_products_round():
 
 
 SINGLE_STEPS = [
-    name for name, case in OPTIONS.items() if "fused" not in name and "tensor-lr" not in name and case.groups is not two_groups
+    name
+    for name, case in OPTIONS.items()
+    if "fused" not in name and "tensor-lr" not in name and case.groups is not two_groups
 ]
 
 

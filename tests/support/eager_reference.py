@@ -118,7 +118,9 @@ def projection(params):
     generator = torch.Generator().manual_seed(11)
     total = 0.0
     for value in params.values():
-        total = total + (torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype) * value).sum()
+        total = (
+            total + (torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype) * value).sum()
+        )
     return total
 
 
@@ -233,9 +235,7 @@ def _room(base):
 
 def _params_error(case, state, got):
     along = directions(state.params, 13)
-    value = sum(
-        float((got[f"param {n}"] * d).sum()) for n, d in along.items() if got[f"param {n}"] is not None
-    )
+    value = sum(float((got[f"param {n}"] * d).sum()) for n, d in along.items() if got[f"param {n}"] is not None)
 
     def function(offset):
         def prepare(model, optimizer):
