@@ -44,7 +44,8 @@ ARROWS = [
 ]
 
 
-def main():
+def main() -> None:
+    """Draws and saves the picture."""
     figure, axes = plt.subplots(figsize=(12.8, 6.6))
     for left, bottom, width, height, colour, text in BOXES.values():
         box = FancyBboxPatch(

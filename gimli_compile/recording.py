@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import fake_like, operator_name
 from gimli_compile.program import Draw
@@ -26,21 +27,6 @@ aten = torch.ops.aten
 HOST = 1  # the value follows from counters and hyperparameters alone
 DATA = 2  # the value depends on parameters, gradients, batches or draws
 _NOT_RECORDED = {aten.is_same_size.default}
-_BY_VALUE = {
-    aten.bernoulli.default,
-    aten.bernoulli.p,
-    aten.bernoulli_.Tensor,
-    aten.multinomial.default,
-    aten.normal.Tensor_float,
-    aten.normal.float_Tensor,
-    aten.normal.Tensor_Tensor,
-    aten.poisson.default,
-    aten.binomial.default,
-    aten._standard_gamma.default,
-    aten._sample_dirichlet.default,
-    aten.rrelu_with_noise.default,
-    aten.rrelu_with_noise_.default,
-}
 
 
 class Region(enum.Enum):
@@ -71,27 +57,9 @@ class Baked:
         return self.what if self.source is None else f"{self.what}\n  {self.source}"
 
 
-@dataclass(frozen=True)
-class _Like:
-    """Stands for a tensor argument of a draw, of which only the form matters."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def make(self) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-
 def _storage(tensor: torch.Tensor) -> Any:
     """Returns what tensors of one memory have in common."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
-def _draw(target: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    made_args, made_kwargs = tree_map_only(_Like, _Like.make, (args, kwargs))
-    return target(*made_args, **made_kwargs)
 
 
 class Recorder(TorchDispatchMode):
@@ -345,8 +313,7 @@ class Recorder(TorchDispatchMode):
 
     def _record_draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        by_value = func in _BY_VALUE
-        if by_value and any(map(self.reach, tensors)):
+        if depends_on_values(func) and any(map(self.reach, tensors)):
             raise CaptureError(
                 compose_message(
                     f"`{func._opname}` draws from a distribution that depends on tensor values",
@@ -356,15 +323,10 @@ class Recorder(TorchDispatchMode):
                 )
             )
 
-        def keep(tensor: torch.Tensor) -> Any:
-            if by_value:
-                return tensor.detach().clone()
-            return _Like(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-        kept_args, kept_kwargs = tree_map_only(torch.Tensor, keep, (args, kwargs))
+        draw = make_draw(func, args, kwargs)
         out = func(*args, **kwargs)
         in_place = any(out is tensor for tensor in tensors)
-        self._add_draw(Draw(_draw, (func, *kept_args), kept_kwargs), out.detach().clone() if in_place else out, out)
+        self._add_draw(draw, out.detach().clone() if in_place else out, out)
         return out
 
     def _add_draw(self, draw: Draw, noise: torch.Tensor, out: torch.Tensor) -> None:
@@ -379,9 +341,8 @@ class Recorder(TorchDispatchMode):
         """Records the fused dropout as a product with a drawn mask, which has every derivative."""
         if train is False or p == 0.0:
             return self._record(aten.mul.Tensor, (value, 1.0), {}), torch.ones_like(value, dtype=torch.bool)
-        form = _Like(tuple(value.shape), value.stride(), value.dtype, value.device)
         out, mask = aten.native_dropout.default(value, p, train)
-        self._add_draw(Draw(_draw_mask, (form, p)), mask, mask)
+        self._add_draw(make_dropout_draw(value, p), mask, mask)
         scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
         masked = self.graph.create_node(
             "call_function", aten.mul.Tensor, (self.node_of(value), self.node_of(mask)), {}, name="mul"
@@ -390,10 +351,6 @@ class Recorder(TorchDispatchMode):
         self._reach[_storage(out)] = DATA
         self.add_call(aten.mul.Tensor, (masked, scale), {}, out)
         return out, mask
-
-
-def _draw_mask(form: _Like, p: float) -> torch.Tensor:
-    return aten.native_dropout.default(form.make().fill_(1), p, True)[1]
 
 
 def _with_declared_mutation(func: Any, args: Any) -> Any:

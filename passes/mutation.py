@@ -12,6 +12,7 @@ from torch import fx
 
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import insert_call
+from gimli_compile.passes.view_inverses import View, put_back
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 
@@ -20,12 +21,7 @@ _DUNDERS = {
     "__iand__": "__and__", "__ior__": "__or__", "__ixor__": "__xor__",
     "__ilshift__": "__lshift__", "__irshift__": "__rshift__",
 }  # fmt: skip
-_RESHAPES = {
-    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.squeeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.unsqueeze.default,
-}  # fmt: skip
 _VIEWED_IN_PLACE = {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"}
-_SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
 def functionalize(program: Program) -> Program:
@@ -59,29 +55,12 @@ class _Storage:
     version: int = 0
 
 
-@dataclass(frozen=True)
-class _View:
-    """One view operator, with its arguments but the first; `part` picks from operators that return several views."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    like: fx.Node
-    part: int | None = None
-
-    @property
-    def form(self) -> torch.Tensor:
-        """What the view looks like."""
-        val = self.like.meta["val"]
-        return val if self.part is None else val[self.part]
-
-
 @dataclass
 class _Alias:
     """A tensor of the old graph: a chain of views of a storage, and the node of its value at a version."""
 
     storage: _Storage
-    chain: tuple[_View, ...]
+    chain: tuple[View, ...]
     node: fx.Node
     version: int
 
@@ -148,7 +127,7 @@ class _Rewrite:
             alias.node, alias.version = value, alias.storage.version
 
     def _put(
-        self, chain: tuple[_View, ...], base: Callable[[], fx.Node], form: torch.Tensor, value: fx.Node, writer: fx.Node
+        self, chain: tuple[View, ...], base: Callable[[], fx.Node], form: torch.Tensor, value: fx.Node, writer: fx.Node
     ) -> fx.Node:
         """Returns `base`, of the form `form`, with the part that the views of `chain` show replaced by `value`."""
         if not chain:
@@ -156,7 +135,7 @@ class _Rewrite:
         first, rest = chain[0], chain[1:]
         if rest:
             value = self._put(rest, lambda: self._apply(first, base()), first.form, value, writer)
-        return self._scatter(first, base, form, value, writer)
+        return put_back(self.graph, first, base, form, value, like=writer)
 
     def _with_derivative_of(self, old: fx.Node, value: fx.Node, writer: fx.Node) -> fx.Node:
         """A write under `no_grad` changes the value and not the derivative: eager autograd does not see it."""
@@ -178,7 +157,7 @@ class _Rewrite:
                 self.connected[node] = any(map(self._is_connected, node.all_input_nodes))
         return self.connected[node]
 
-    def _apply(self, view: _View, base: fx.Node) -> fx.Node:
+    def _apply(self, view: View, base: fx.Node) -> fx.Node:
         if view.target is aten.as_strided.default and base.target is not aten.clone.default:
             base = self._insert(aten.clone.default, (base,), {"memory_format": torch.contiguous_format}, view.like)
         made = self._insert(view.target, (base, *view.args), view.kwargs, view.like)
@@ -243,7 +222,7 @@ class _Rewrite:
     def _call_view(self, node: fx.Node) -> None:
         source = node.args[0]
         alias = self.aliases[source]
-        view = _View(node.target, fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
+        view = View(node.target, fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
         storage, chain = alias.storage, (*alias.chain, view)
         if node.target is aten.as_strided.default:
             self._strided_view(node, alias, view)
@@ -254,7 +233,7 @@ class _Rewrite:
         made = self._apply(view, self.read(source))
         self.aliases[node] = _Alias(storage, chain, made, storage.version)
 
-    def _strided_view(self, node: fx.Node, alias: _Alias, view: _View) -> None:
+    def _strided_view(self, node: fx.Node, alias: _Alias, view: View) -> None:
         """`as_strided` counts in the memory of the whole storage, whatever view it is called on."""
         whole = alias.storage.value.meta["val"]
         if not whole.is_contiguous():
@@ -297,7 +276,7 @@ class _Rewrite:
     def _view_in_place(self, node: fx.Node, written: fx.Node) -> None:
         """`unsqueeze_` and its kin change what a tensor shows, not its values."""
         alias = self.aliases[written]
-        view = _View(_out_of_place(node), fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
+        view = View(_out_of_place(node), fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
         self.aliases[written] = self.aliases[node] = _Alias(
             alias.storage, (*alias.chain, view), alias.storage.value, -1
         )
@@ -316,91 +295,6 @@ class _Rewrite:
             else:
                 self._write(node.args[index], part, node)
         self.parts[node] = results
-
-    # ------------------------------------------------------------------ writes through views
-
-    def _scatter(
-        self, view: _View, base: Callable[[], fx.Node], form: torch.Tensor, value: fx.Node, like: fx.Node
-    ) -> fx.Node:
-        target = view.target
-        if target in _SAME:
-            return value
-        if target in _RESHAPES:
-            return self._insert(aten.reshape.default, (value, list(form.shape)), {}, like)
-        if target in (aten.t.default, aten.transpose.int):
-            return self._insert(target, (value, *view.args), {}, like)
-        if target is aten.permute.default:
-            order = [dim % len(view.args[0]) for dim in view.args[0]]
-            return self._insert(target, (value, [order.index(dim) for dim in range(len(order))]), {}, like)
-        if target is aten.as_strided.default:
-            return _put_strided(self, view, base(), value, like)
-        scatter = _SCATTERS.get(target)
-        if scatter is None:
-            raise CaptureError(
-                compose_message(
-                    f"an in-place operator writes through `{target}`",
-                    like.meta.get("source"),
-                    "This view has no inverse that gives the whole tensor back.",
-                    "Write to the whole tensor, or through a slice of it.",
-                )
-            )
-        operator_, args, kwargs = scatter(view, form)
-        return self._insert(operator_, (base(), value, *args), kwargs, like)
-
-
-def _put_strided(self: _Rewrite, view: _View, base: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
-    """Writes to the places of a strided view, counted in the flat tensor."""
-    size, stride, offset = view.args
-    device = base.meta["val"].device
-    place: Any = offset
-    for index, (count, step) in enumerate(zip(size, stride, strict=True)):
-        shape = [1] * len(size)
-        shape[index] = count
-        along = self._insert(aten.arange.default, (count,), {"device": device}, like)
-        along = self._insert(aten.mul.Tensor, (along, step), {}, like)
-        along = self._insert(aten.reshape.default, (along, shape), {}, like)
-        place = self._insert(aten.add.Tensor, (along, place), {}, like)
-    flat = self._insert(aten.reshape.default, (base, [-1]), {}, like)
-    written = self._insert(aten.index_put.default, (flat, [place], value), {}, like)
-    return self._insert(aten.reshape.default, (written, list(base.meta["val"].shape)), {}, like)
-
-
-def _select(view: _View, form: torch.Tensor) -> Any:
-    return aten.select_scatter.default, view.args, {}
-
-
-def _slice(view: _View, form: torch.Tensor) -> Any:
-    return aten.slice_scatter.default, view.args, view.kwargs
-
-
-def _diagonal(view: _View, form: torch.Tensor) -> Any:
-    return aten.diagonal_scatter.default, view.args, view.kwargs
-
-
-def _unbound(view: _View, form: torch.Tensor) -> Any:
-    return aten.select_scatter.default, (view.args[0] if view.args else 0, view.part), {}
-
-
-def _split(view: _View, form: torch.Tensor) -> Any:
-    dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim", 0)
-    sizes = view.args[0]
-    if isinstance(sizes, int):
-        start = sizes * view.part  # type: ignore[operator]
-        end = min(start + sizes, form.shape[dim])
-    else:
-        start = sum(sizes[: view.part])
-        end = start + sizes[view.part]
-    return aten.slice_scatter.default, (dim, start, end), {}
-
-
-_SCATTERS: dict[Any, Callable[[_View, torch.Tensor], Any]] = {
-    aten.select.int: _select,
-    aten.slice.Tensor: _slice,
-    aten.diagonal.default: _diagonal,
-    aten.unbind.int: _unbound,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-}
 
 
 def _is_view(target: Any) -> bool:

@@ -210,6 +210,20 @@ def test_meta_parameters_that_all_reach_the_gradient():
     found = requirements(loss, meta=torch.zeros((), dtype=torch.float64))
     assert found.III_b.holds is True
     assert list(found.meta) == ["meta"]
+    lines = str(found).splitlines()
+    assert lines[lines.index("Meta-parameters of the loss, to the gradient:") + 1].startswith(
+        "  meta  differentiable: "
+    )
+    assert lines[-1].startswith("  theta_0  differentiable: ")
+
+
+def test_meta_parameters_behind_a_stop_on_one_path():
+    def loss(model, batch, meta):
+        return (model(batch[0]).square() * (meta + meta.detach())).mean()
+
+    found = requirements(loss, meta=torch.ones((), dtype=torch.float64))
+    assert found.III_b.holds is True
+    assert line_of(loss, "detach") in found.III_b.reasons[0]
 
 
 def test_without_a_batch_the_loss_is_unknown_until_a_step():
@@ -231,6 +245,7 @@ def test_hyperparameters_without_a_path_say_why():
     found = requirements(make=lambda p: optim.SGD(p, lr=0.1, momentum=0.0, weight_decay=0.0))
     text = "no path: at 0 the step leaves it out; pass `hyper` with this entry requiring a gradient to keep it in"
     assert str(found.hyper["groups.0.weight_decay"]) == text
+    assert str(found.hyper["groups.0.dampening"]) == "no path: baked: the program is that of 0"
     assert found.III_a.reasons == ("differentiable in groups.0.lr",)
 
 
@@ -258,16 +273,16 @@ def test_a_hyperparameter_to_learn_that_is_cut():
 
 
 class Stepwise(optim.Optimizer):
-    """Rounds its learning rate through a Python float where it is told to, and has a number that decides a branch."""
+    """Steps along a rounded gradient; has numbers that decide a branch, count a loop, and are not used."""
 
-    def __init__(self, params, lr=0.1, patience=3.5, unused=2.0):
-        super().__init__(params, {"lr": lr, "patience": patience, "unused": unused})
+    def __init__(self, params, lr=0.1, patience=3.5, repeats=2, unused=2.0):
+        super().__init__(params, {"lr": lr, "patience": patience, "repeats": repeats, "unused": unused})
 
     @torch.no_grad()
     def step(self, closure=None) -> Any:
         for group in self.param_groups:
             scale = 2.0 if group["patience"] > 3 else 1.0
-            for p in group["params"]:
+            for p in [p for p in group["params"] for _ in range(group["repeats"])]:
                 p.sub_(group["lr"] * scale * torch.floor(p.grad))
 
 
@@ -275,9 +290,32 @@ def test_branches_and_unused_numbers():
     found = requirements(make=Stepwise)
     assert verdicts(found) == (True, False, True, True)
     assert str(found.hyper["groups.0.patience"]) == "no path: it only decides a branch: hyper_groups_0_patience > 3"
+    assert str(found.hyper["groups.0.repeats"]) == "no path: it only decides a branch: hyper_groups_0_repeats == 2"
     assert str(found.hyper["groups.0.unused"]) == "no path: unused"
     assert "`floor` at " in found.II.reasons[0]
     assert line_of(Stepwise.step, "torch.floor") in found.II.reasons[0]
+
+
+class Hidden(optim.Optimizer):
+    """Turns a number into text and back, which no capture follows; has no other number."""
+
+    def __init__(self, params):
+        super().__init__(params, {"rate": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(float(f"{group['rate']:.3f}") * p.grad)
+
+
+def test_baked_numbers_are_named():
+    with pytest.warns(gimli.BakedValueWarning):
+        found = requirements(make=Hidden)
+    assert str(found.hyper["groups.0.rate"]).startswith("no path: baked: ")
+    assert found.III_a.holds is False
+    assert found.III_a.reasons == ("differentiable in no hyperparameter",)
+    assert found.holds is True
 
 
 class Noisy(optim.Optimizer):
