@@ -122,7 +122,7 @@ def meta_learn(
     fn: gimli.Functional, data: Data, inner_steps: int, seeds: Sequence[int], progress: Progress
 ) -> tuple[Settings, History]:
     """Learns the hyperparameters; every meta-step unrolls the training of a new network on new batches."""
-    logs = {name: torch.tensor([group[name].log() for group in fn.hyperparameters()]) for name in LEARNED}
+    logs = {name: torch.stack([group[name].log() for group in fn.hyperparameters()]) for name in LEARNED}
     meta_optimizer = torch.optim.Adam([log.requires_grad_() for log in logs.values()], lr=META_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(meta_optimizer, len(seeds))
     history = History([], {name: [] for name in LEARNED})

@@ -103,7 +103,8 @@ def check_constants(constants: Iterable[torch.Tensor]) -> None:
         if tensor.requires_grad:
             raise InputError(
                 compose_message(
-                    f"the loss uses a tensor of shape {tuple(tensor.shape)} that requires a gradient and is no argument",
+                    f"the loss uses a tensor of shape {tuple(tensor.shape)} that requires a gradient "
+                    "and is no argument",
                     None,
                     "With `checkpoint`, a step is computed again from its arguments only: the gradient would be lost.",
                     "Pass the tensor as `meta`, or use `checkpoint=None`.",
@@ -125,7 +126,8 @@ def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None
             if not fits:
                 raise InputError(
                     compose_message(
-                        f"hyper[{path}] has shape {tuple(value.shape)}, but {name!r} of its group {tuple(shapes[name])}",
+                        f"hyper[{path}] has shape {tuple(value.shape)}, "
+                        f"but {name!r} of its group {tuple(shapes[name])}",
                         None,
                         "A hyperparameter is one number for the group, or one for each element of its parameter.",
                         "Use `functionalize(..., per_parameter=True)` and a tensor of the parameter's own shape.",
@@ -163,7 +165,8 @@ def check_state(state: Any, view: OptimizerView) -> None:
     """Refuses an optimizer state of something else."""
     if not isinstance(state, OptState):
         raise InputError(
-            f"the optimizer state is a {type(state).__name__}. Use the `opt_state` of the TrainState that `init()` returns."
+            f"the optimizer state is a {type(state).__name__}. "
+            "Use the `opt_state` of the TrainState that `init()` returns."
         )
     owner = state.skeleton.root.owner
     if owner is not view.optimizer:

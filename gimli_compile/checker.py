@@ -15,7 +15,7 @@ from gimli_compile.slot import CARRIED, Role
 
 
 def verify(program: Program) -> None:
-    """Raises ProgramError unless the program keeps every invariant:
+    """Raises ProgramError unless the program keeps every invariant.
 
     1. nodes are placeholders, calls and one output at the end; placeholders come first;
     2. there is one placeholder for each input slot, in order, and no slot twice;

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._C._functorch as _functorch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
@@ -38,7 +39,7 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _refuse_wrapped(draws: list[Any]) -> None:
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, pytree.tree_leaves(draws))):
+    if any(map(_functorch.is_functorch_wrapped_tensor, pytree.tree_leaves(draws))):
         raise InputError(
             compose_message(
                 "`checkpoint` under a torch.func transform cannot keep the random draws of a step",
@@ -90,7 +91,7 @@ class _Segment(torch.autograd.Function):
         """Runs the segment again and differentiates it."""
         saved = ctx.saved_tensors
         wanted = [index for index, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
-        transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*saved, *grads)))
+        transformed = any(map(_functorch.is_functorch_wrapped_tensor, (*saved, *grads)))
         pull = _pull_transformed if transformed else _pull
         found: list[Tensor | None] = [None] * len(saved)
         for index, grad in zip(wanted, pull(ctx.flat, saved, wanted, grads), strict=True):
@@ -125,5 +126,5 @@ def _pull_transformed(flat: Callable[..., Any], saved: Any, wanted: list[int], g
         return tuple(result for result in flat(*inputs) if result.is_floating_point())
 
     with torch.enable_grad():
-        _, pull = torch.func.vjp(run, *(saved[index] for index in wanted))
+        pull = torch.func.vjp(run, *(saved[index] for index in wanted))[1]
     return pull(tuple(grad for grad in grads if grad.is_floating_point()))

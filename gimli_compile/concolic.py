@@ -46,11 +46,11 @@ class Number:
         compare(operator.eq, self, value)
         return hash(value)
 
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other  # type: ignore[operator]
+    def __divmod__(self: Any, other: Any) -> Any:
+        return self // other, self % other
 
-    def __rdivmod__(self, other: Any) -> Any:
-        return other // self, other % self  # type: ignore[operator]
+    def __rdivmod__(self: Any, other: Any) -> Any:
+        return other // self, other % self
 
     def __bool__(self) -> bool:
         return compare(operator.ne, self, 0)
@@ -75,10 +75,9 @@ class Number:
         """Returns the number itself."""
         return self
 
-    def is_integer(self) -> bool:
+    def is_integer(self: Any) -> bool:
         """Tells whether the value is whole, and guards the answer."""
-        rest = self % 1  # type: ignore[operator]
-        return compare(operator.eq, rest, 0)
+        return compare(operator.eq, self % 1, 0)
 
     def __getnewargs__(self) -> tuple[Plain]:
         return (self.plain,)
@@ -165,7 +164,7 @@ def _carried(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
 
 
-def compare(python: Callable[..., bool], left: Any, right: Any) -> bool:
+def compare(python: Callable[..., Any], left: Any, right: Any) -> bool:
     """Returns Python's own answer to a comparison and records it as a guard."""
     recorder = (left if isinstance(left, Number) else right).recorder
     return guard(recorder, python(_carried(left), _carried(right)), python(plain(left), plain(right)))
@@ -245,7 +244,7 @@ def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[.
     on_tensors = _TENSOR_FORM.get(python, python)
 
     def method(self: Any, other: Any, *rest: Any) -> Any:
-        if python is operator.mul and isinstance(self, int) and isinstance(other, (list, tuple, str)):
+        if python is operator.mul and isinstance(self, IntNumber) and isinstance(other, (list, tuple, str)):
             return other * int(bake(self, "a number of repetitions"))
         if not _is_operand(other) or rest:
             return NotImplemented

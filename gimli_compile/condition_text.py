@@ -17,9 +17,9 @@ def expression(value: Any, depth: int = 0) -> str:
     """Returns the text of a value; what lies deep is named by its node."""
     if not isinstance(value, fx.Node):
         return f"{value:g}" if isinstance(value, float) else str(value)
-    if value.op != "call_function" or not hasattr(value.target, "_opname") or depth > 8:
+    name = getattr(value.target, "_opname", None)
+    if value.op != "call_function" or name is None or depth > 8:
         return value.name
-    name = value.target._opname
     if name in _TRANSPARENT:
         return expression(value.args[0], depth)
     if name == "full":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
@@ -22,7 +22,7 @@ def _call_of(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
         return kind.apply(*args)
 
     call.__name__ = kind.__name__
-    call.is_custom_function = True  # type: ignore[attr-defined]
+    cast(Any, call).is_custom_function = True
     return call
 
 
@@ -35,7 +35,7 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
     """
 
     def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        out = super(_SingleLevelFunction, kind).apply(*args, **kwargs)  # type: ignore[misc]
+        out = cast(Any, super(_SingleLevelFunction, kind)).apply(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         reach = 0
         for tensor in tensors:
@@ -46,8 +46,9 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
         return out
 
     # `Function.apply`, also one that was bound before, asks this class for the call itself.
-    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment]
+    asked = cast(Any, _SingleLevelFunction)
+    asked.apply = classmethod(apply)
     try:
         yield
     finally:
-        del _SingleLevelFunction.apply
+        del asked.apply

@@ -57,6 +57,8 @@ class Escapes:
         return value
 
     def unary(self, original: Callable[..., Any], on_tensor: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of one number becomes the tensor operator."""
+
         def function(value: Any, *rest: Any) -> Any:
             value = self._read(value)
             if not isinstance(value, Number) or rest:
@@ -66,6 +68,8 @@ class Escapes:
         return function
 
     def binary(self, original: Callable[..., Any], on_tensors: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of two numbers becomes the tensor operator; with further arguments the numbers are pinned."""
+
         def function(left: Any, right: Any, *rest: Any, **options: Any) -> Any:
             left, right = self._read(left), self._read(right)
             if not (isinstance(left, Number) or isinstance(right, Number)) or rest or options:
@@ -77,6 +81,8 @@ class Escapes:
         return function
 
     def test(self, original: Callable[..., Any], on_tensor: Callable[..., Any]) -> Callable[..., Any]:
+        """A test of a number keeps Python's answer and guards it."""
+
         def function(value: Any) -> Any:
             value = self._read(value)
             if not isinstance(value, Number):
@@ -115,7 +121,9 @@ class Escapes:
         return function
 
     def range(self, *args: Any) -> builtins.range:
-        return builtins.range(*(bake(a, "a loop count") if isinstance(a, Number) else a for a in args))
+        """A loop count is pinned: the loop is unrolled."""
+        counts: list[Any] = [bake(a, "a loop count") if isinstance(a, Number) else a for a in args]
+        return builtins.range(*counts)
 
     def kind(self, original: type, convert: Callable[[Any], Any]) -> type:
         """Returns a class that stands for `float` or `int` and keeps concolic numbers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -39,7 +39,7 @@ def _body(function: types.FunctionType) -> types.FunctionType:
 
 
 class Interception(TorchFunctionMode):
-    """Rewrites calls with concolic numbers to tensor arithmetic, ties values that are read, marks what stops gradients."""
+    """Rewrites calls with concolic numbers to tensor arithmetic, ties values read, marks what stops gradients."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -345,8 +345,8 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     torch.detach: _detach,
     Tensor.detach_: _detach,
     torch.detach_: _detach,
-    Tensor.data.__get__: _detach,
-    Tensor.data.__set__: _set_data,
+    cast(Any, Tensor.data).__get__: _detach,
+    cast(Any, Tensor.data).__set__: _set_data,
     torch.tensor: _new_tensor,
     torch.as_tensor: _new_tensor,
     torch.asarray: _new_tensor,
@@ -360,6 +360,6 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,
     torch.nn.functional.mse_loss: _squared_error,
-    torch._weight_norm: _weight_norm,
+    cast(Any, torch)._weight_norm: _weight_norm,
     torch.cdist: _cdist,
 }

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gimli_compile.custom_functions import custom_functions_recorded
 from gimli_compile.errors import BakedValueWarning, CaptureError, InputError, compose_message
@@ -278,7 +279,8 @@ def _gradient(
                 f"the loss of `{_name(loss_fn)}` does not depend on any trained parameter",
                 _definition(loss_fn),
                 "There is no inner gradient to step along.",
-                "Check for `detach`, `no_grad` or `argmax` on the way, and that the optimizer has the model's parameters.",
+                "Check for `detach`, `no_grad` or `argmax` on the way, "
+                "and that the optimizer has the model's parameters.",
             )
         )
     # With `create_graph` the framework chooses the derivatives that have derivatives themselves.
@@ -312,7 +314,7 @@ def _check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
 
 def _untraced(tensor: torch.Tensor) -> Any:
     """Returns a copy of the value that no mode follows."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         return torch.from_numpy(tensor.detach().to("cpu", torch.float64).numpy().copy())
 
 

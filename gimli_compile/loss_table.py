@@ -68,10 +68,10 @@ class LossTable:
                 return forward.assemble(results), _new_buffers(buffers, results)
         raise _unsettled(self.title)
 
-    def _capture_forward(self, *inputs: Any) -> Forward:
-        plain = representatives(inputs)
+    def _capture_forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Forward:
+        params, buffers, args, kwargs = representatives((params, buffers, args, kwargs))
         with outside_transforms(), torch.random.fork_rng():
-            return capture_forward(self.view, *plain, f"forward of {self.title}")
+            return capture_forward(self.view, params, buffers, args, kwargs, f"forward of {self.title}")
 
     def gradient(
         self,

@@ -37,12 +37,17 @@ def infer(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def insert_call(
     graph: fx.Graph, target: Any, args: Any, kwargs: Any = None, *, like: fx.Node, name: str | None = None
 ) -> fx.Node:
-    """Adds a call to a graph at its insertion point, with inferred value and the source line of the node it replaces."""
+    """Adds a call to a graph at its insertion point, with inferred value and the source line of what it replaces."""
     kwargs = kwargs or {}
     node = graph.create_node("call_function", target, tuple(args), kwargs, name=name or operator_name(target))
     node.meta["val"] = infer(target, node.args, node.kwargs)
     node.meta["source"] = like.meta.get("source")
     return node
+
+
+def arguments_of(node: fx.Node) -> tuple[Any, ...]:
+    """Returns the arguments of a call, whose types the operator's schema gives and the graph does not."""
+    return node.args
 
 
 def operator_name(target: Any) -> str:

@@ -39,7 +39,7 @@ class ModelView:
         return dict(self.model.named_buffers())
 
     def signature(self) -> tuple[Any, ...]:
-        """Returns what a captured program of this model depends on besides tensors: training flags and plain attributes."""
+        """Returns what a captured program of this model depends on besides tensors: training flags and options."""
         return tuple(
             (id(module), *((key, value) for key, value in vars(module).items() if _is_option(value)))
             for module in self.model.modules()
@@ -47,7 +47,7 @@ class ModelView:
 
     @contextmanager
     def substituted(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Runs with `tensors` in place of the live parameters and buffers of those names; the modules come back unchanged.
+        """Runs with `tensors` in place of the live parameters and buffers of those names; modules come back unchanged.
 
         Every module is given a copy of its attributes, in which the tensors are replaced wherever they occur, so that
         hooks, parametrizations and modules reached by two paths work as they are.

@@ -31,7 +31,7 @@ _IMPLEMENTATION_FLAGS = ("fused", "differentiable")
 
 @dataclass(frozen=True)
 class UpdateInputs:
-    """What one update starts from. `hyper` is by path; a gradient may be None; `draws` are made unless they are given."""
+    """What one update starts from. `hyper` is by path; a gradient may be None; `draws` are made unless given."""
 
     params: Tensors
     grads: Mapping[str, torch.Tensor | None]
@@ -67,7 +67,7 @@ class UpdateOutputs:
 
 
 class OptimizerView:
-    """The live optimizer, read and run without being changed. Parameters are known by the names that the model gives."""
+    """The live optimizer, read and run without being changed. Parameters are known by their names in the model."""
 
     def __init__(self, optimizer: Any, names: Mapping[int, str], *, per_parameter: bool = False) -> None:
         self.optimizer = optimizer
@@ -100,8 +100,10 @@ class OptimizerView:
     def read_options(self) -> tuple[Any, ...]:
         """Returns what is neither number nor tensor in the parameter groups: the options a program was made for."""
         return tuple(
-            tuple((key, _option(value)) for key, value in group.items() if key != "params")
-            + (("params", tuple(self.names.get(id(p), "?") for p in group["params"])),)
+            (
+                *((key, _option(value)) for key, value in group.items() if key != "params"),
+                ("params", tuple(self.names.get(id(p), "?") for p in group["params"])),
+            )
             for group in self.optimizer.param_groups
         )
 
@@ -186,12 +188,12 @@ class OptimizerView:
         values: Mapping[str, Any],
         execute: Callable[[], None],
     ) -> UpdateOutputs:
-        """Runs `execute` with the optimizer holding these values in place of its own; the live objects come back unchanged.
+        """Runs `execute` with the optimizer holding these values in place of its own; live objects come back unchanged.
 
         `params` are copied into leaves that require gradients as the live ones do; `values` are used as they are.
         """
         requires = {name: p.requires_grad for p, name in self.live_params()}
-        leaves = {
+        leaves: dict[str, torch.Tensor] = {
             name: value if isinstance(value, torch.nn.Parameter) else as_leaf(value, requires_grad=requires[name])
             for name, value in params.items()
             if name in requires

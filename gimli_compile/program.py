@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, cast
 
 import networkx as nx
 import torch
@@ -113,7 +114,7 @@ class Program:
     @property
     def returned(self) -> Sequence[fx.Node]:
         """The nodes of the results, in the order of `results`."""
-        return self.output.args[0]  # type: ignore[return-value]
+        return cast(Sequence[fx.Node], self.output.args[0])
 
     def node_of(self, slot: Slot) -> fx.Node:
         """Returns the placeholder of an input slot."""
@@ -123,14 +124,14 @@ class Program:
         """Returns the node that a result slot returns."""
         return self.returned[self.results.index(slot)]
 
-    def copy(self, **changes: object) -> Program:
+    def copy(self, **changes: Any) -> Program:
         """Returns a copy with a graph of its own, node names and meta kept, and the fields of `changes` replaced."""
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied = env[node] = graph.node_copy(node, env.__getitem__)
             copied.meta = dict(node.meta)
-        return replace(self, graph=graph, **changes)  # type: ignore[arg-type]
+        return replace(self, graph=graph, **changes)
 
     def tidied(self) -> Program:
         """Returns a copy without calls that nothing uses, its nodes numbered in order."""

@@ -12,9 +12,10 @@ from types import FrameType
 
 import torch
 
-_OWN = tuple(
-    os.path.realpath(os.path.join(os.path.dirname(__file__), folder)) + os.sep for folder in (".", "passes")
-) + (os.path.dirname(os.path.abspath(__file__)) + os.sep,)
+_OWN = (
+    *(os.path.realpath(os.path.join(os.path.dirname(__file__), folder)) + os.sep for folder in (".", "passes")),
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _SITE = tuple({sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -232,7 +233,7 @@ class Recorder(TorchDispatchMode):
             return self._last_line
         source = self._last_line = current_source()
         if torch.is_grad_enabled():
-            self._forward_lines[torch.autograd._get_sequence_nr() - 1] = source
+            self._forward_lines[_get_sequence_nr() - 1] = source
         return source
 
     def _stops_gradient(self) -> bool:
@@ -282,7 +283,7 @@ class Recorder(TorchDispatchMode):
                     )
 
     def _shape_varies(self, func: Any, args: Any) -> bool:
-        """Tells whether the shape of a result depends on values that may change; an index of integers never does that."""
+        """Tells whether the shape of a result depends on values that may change; an index of integers never does."""
         if func is not aten.index.Tensor:
             return True
         masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
@@ -291,7 +292,8 @@ class Recorder(TorchDispatchMode):
     def _error_live(self, tensor: torch.Tensor) -> CaptureError:
         return CaptureError(
             compose_message(
-                f"the live tensor {self.live[id(tensor)]!r} is used through a reference that was kept, not through the model",
+                f"the live tensor {self.live[id(tensor)]!r} is used through a reference that was kept, "
+                "not through the model",
                 user_source(),
                 "The program runs with other tensors in its place; a kept reference would stay what it was.",
                 "Take parameters and buffers from the model inside the loss, as `model.parameters()` gives them.",

@@ -19,7 +19,8 @@ def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: Tra
     if type(optimizer) is not type(view.optimizer):
         raise InputError(
             compose_message(
-                f"the state is that of a {type(view.optimizer).__name__}, the optimizer is a {type(optimizer).__name__}",
+                f"the state is that of a {type(view.optimizer).__name__}, "
+                f"the optimizer is a {type(optimizer).__name__}",
                 None,
                 "A state has the structure of the optimizer that it was made for.",
                 "Pass an optimizer of the same class, over the model's parameters.",
@@ -79,7 +80,7 @@ def _write_optimizer(view: OptimizerView, live: ModelView, optimizer: Any, state
 
 
 def _write_groups(optimizer: Any, groups: list[dict[str, Any]], state: TrainState) -> None:
-    """Writes the entries of the groups that are state; with a group for each parameter, from the first of each group."""
+    """Writes the entries of the groups that are state; with a group for each parameter, from the first of each."""
     at = 0
     for index, group in enumerate(optimizer.param_groups):
         source = groups[at] if len(groups) != len(optimizer.param_groups) else groups[index]

@@ -164,7 +164,7 @@ _OPAQUE = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, torc
 
 
 def _open(value: Any) -> tuple[Callable[[list[Any]], Any] | None, list[tuple[Any, Any]], Any]:
-    """Returns how to build a container from (key, value) pairs, those pairs, and the object that owns them if one does."""
+    """Returns how to build a container from (key, value) pairs, those pairs, and the object that owns them, if any."""
     if isinstance(value, dict):
         return _dict_maker(value), list(value.items()), None
     if isinstance(value, deque):

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._C import _functorch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
+import torch._C._functorch as _functorch
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+)
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
@@ -64,7 +67,7 @@ def is_everywhere(condition: torch.Tensor, outcome: bool) -> bool:
 
 def in_every_lane(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Makes a random draw; under `vmap` one for each lane, each from the default generator in turn."""
-    levels = [one for one in retrieve_all_functorch_interpreters() if one.key() == TransformType.Vmap]
+    levels = [one for one in retrieve_all_functorch_interpreters() if isinstance(one, VmapInterpreter)]
     if not levels:
         return draw()
     sizes = [one.batch_size() for one in levels]

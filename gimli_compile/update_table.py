@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from gimli_compile.edges import edges_of, lift_edges
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, made_up_gradient
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
-from gimli_compile.transforms import is_differentiated, is_zero, outside_transforms, representatives
+from gimli_compile.transforms import is_differentiated, outside_transforms, representatives
 from gimli_compile.update_capture import capture_update
 from gimli_compile.validation import validate, warn_of_baked
 from gimli_compile.variant import UpdateVariant
-from gimli_compile.zero_branches import lift_zeros
 
 _MOST_MISSES = 8
 
@@ -56,10 +56,10 @@ class UpdateTable:
     def run(self, inputs: UpdateInputs) -> tuple[dict[str, torch.Tensor], OptState]:
         """Returns the new parameters and the new state."""
         values = inputs.by_slot()
-        zeros = frozenset(p for p, value in inputs.hyper.items() if is_differentiated(value) and is_zero(value))
+        watched = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value))
         refused: list[UpdateVariant] = []
         for _ in range(_MOST_MISSES):
-            variant = self.variant_for(inputs, values, zeros, refused)
+            variant = self.variant_for(inputs, values, watched, refused)
             results = variant.program({**values, **variant.program.draw(inputs.draws)})
             if variant.held(results):
                 return _assemble(inputs, variant, results)
@@ -77,41 +77,38 @@ class UpdateTable:
         self,
         inputs: UpdateInputs,
         values: dict[Slot, torch.Tensor],
-        zeros: frozenset[str],
+        watched: frozenset[str],
         refused: list[UpdateVariant],
     ) -> UpdateVariant:
         """Returns a variant that holds before the step, capturing one if there is none."""
         group = self._variants.setdefault(signature(inputs), [])
         for variant in group:
-            if variant not in refused and variant.holds(values, zeros):
+            if variant not in refused and variant.holds(values, watched):
                 return variant
         with torch.random.fork_rng():
-            captured = self._capture(representatives_of(inputs), zeros)
+            captured = self._capture(representatives_of(inputs), watched)
         group.append(captured)
         warn_of_baked(captured.baked)
         return captured
 
-    def _capture(self, inputs: UpdateInputs, zeros: frozenset[str]) -> UpdateVariant:
+    def _capture(self, inputs: UpdateInputs, watched: frozenset[str]) -> UpdateVariant:
         with outside_transforms():
             variant = validate(self.view, inputs, capture_update(self.view, inputs, self.title))
-            guarded = frozenset(_guarded(variant) & zeros)
-            if not guarded:
-                return replace(variant, relaxed=zeros)
-            lifted = lift_zeros(self.view, inputs, variant, guarded, self.title)
+            edges = edges_of(variant, inputs)
+            wanted = edges & watched
+            if not wanted:
+                return replace(variant, edges=edges)
+            lifted = lift_edges(self.view, inputs, variant, wanted, self.title)
             if lifted is not None:
-                return replace(lifted, relaxed=zeros)
-            return replace(variant, relaxed=zeros, baked=(*variant.baked, *map(_lost_at_zero, sorted(guarded))))
+                return replace(lifted, edges=edges, relaxed=wanted)
+            lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted))
+            return replace(variant, edges=edges, relaxed=wanted, baked=(*variant.baked, *lost))
 
 
-def _guarded(variant: UpdateVariant) -> set[str]:
-    """Returns the hyperparameters that a condition of the variant speaks of."""
-    return {slot.path for slot in variant.decide.inputs} if variant.decide is not None else set()
-
-
-def _lost_at_zero(path: str) -> Baked:
+def _lost_at_edge(path: str, value: float) -> Baked:
     return Baked(
-        f"hyper[{path}] is 0, where the step takes a branch of its own: the program has the derivative of that branch. "
-        "Start from a small value beside 0 for that of the other.",
+        f"hyper[{path}] is {value:g}, where the step takes a branch of its own: the program has the derivative of that "
+        "branch. Start from a value beside it for that of the other.",
         None,
     )
 

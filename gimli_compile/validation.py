@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -82,7 +83,7 @@ def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, 
         return variant.program(inputs.by_slot())
 
 
-def _same_draws() -> torch.random.fork_rng:  # type: ignore[name-defined]
+def _same_draws() -> AbstractContextManager[None]:
     return torch.random.fork_rng()
 
 
@@ -151,7 +152,7 @@ def _escaped(
 ) -> bool:
     """Tells whether eager and program part when these numbers change."""
     changed = perturbed(inputs, set(slots))
-    if not variant.holds(changed.by_slot(), frozenset()):
+    if not variant.holds(changed.by_slot()):
         return False
     try:
         expected = eager_results(view, changed)
@@ -188,7 +189,8 @@ def _not_reproduced(view: OptimizerView, slots: list[Slot]) -> CaptureError:
     name = type(view.optimizer).__name__
     return CaptureError(
         compose_message(
-            f"the program captured from `{name}.step` does not give its results: {', '.join(map(str, slots[:4]))} differ",
+            f"the program captured from `{name}.step` does not give its results: "
+            f"{', '.join(map(str, slots[:4]))} differ",
             None,
             "The step uses something that the capture could not follow.",
             "Please report the optimizer; its own step in eager mode is not affected.",

@@ -33,7 +33,8 @@ class UpdateVariant:
 
     `decide` computes the conditions that follow from counters and hyperparameters, before the step; `after` are
     conditions on tensor values, which the program itself computes and which are checked after the step. `pins` are
-    numbers that the program holds as constants. `relaxed` are hyperparameters at whose zero the program is right too.
+    numbers that the program holds as constants. `edges` are hyperparameters whose captured value lies on the edge of a
+    condition, so that values beside it take another branch; of those, the program has the derivatives in `relaxed`.
     """
 
     program: Program
@@ -42,15 +43,16 @@ class UpdateVariant:
     after: tuple[Condition, ...]
     decide: Program | None
     pins: Mapping[Slot, float] = field(default_factory=dict)
+    edges: frozenset[str] = frozenset()
     relaxed: frozenset[str] = frozenset()
     baked: tuple[Baked, ...] = ()
 
-    def holds(self, values: Mapping[Slot, torch.Tensor], zeros: frozenset[str]) -> bool:
+    def holds(self, values: Mapping[Slot, torch.Tensor], watched: frozenset[str] = frozenset()) -> bool:
         """Tells, before the step, whether this variant is right for these values.
 
-        `zeros` are the hyperparameters that are exactly zero and differentiated.
+        `watched` are the hyperparameters that are differentiated.
         """
-        if not zeros <= self.relaxed:
+        if not self.edges & watched <= self.relaxed:
             return False
         if any(not _is_pinned(values[slot], pin) for slot, pin in self.pins.items()):
             return False

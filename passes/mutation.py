@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.metadata import insert_call
+from gimli_compile.metadata import arguments_of, insert_call
 from gimli_compile.passes.view_inverses import View, put_back
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
@@ -205,7 +205,7 @@ class _Rewrite:
             self._own(node, self._stopped(made, node) if stops else made)
 
     def _take_part(self, node: fx.Node) -> None:
-        source, index = node.args
+        source, index = arguments_of(node)
         made = self.parts[source]
         if isinstance(made, _Alias):  # several views of one tensor
             view = replace(made.chain[-1], part=index)
@@ -220,7 +220,7 @@ class _Rewrite:
         self._own(node, self._stopped(part, node) if node.meta.get("stop") else part)
 
     def _call_view(self, node: fx.Node) -> None:
-        source = node.args[0]
+        source = arguments_of(node)[0]
         alias = self.aliases[source]
         view = View(node.target, fx.map_arg(node.args[1:], self.read), dict(node.kwargs), node)
         storage, chain = alias.storage, (*alias.chain, view)
@@ -239,7 +239,7 @@ class _Rewrite:
         if not whole.is_contiguous():
             raise _no_functional_form(node)
         size, stride, *rest = view.args
-        offset = rest[0] if rest and rest[0] is not None else node.args[0].meta.get("offset", 0)
+        offset = rest[0] if rest and rest[0] is not None else arguments_of(node)[0].meta.get("offset", 0)
         view = replace(view, args=(size, stride, offset))
         self.aliases[node] = _Alias(alias.storage, (view,), alias.storage.value, -1)
         self.read(node)
@@ -249,11 +249,11 @@ class _Rewrite:
             self._call_batch_norm(node)
             return
         written = _written_argument(node)
-        name = node.target._opname
+        name = _overload(node)._opname
         if name in _VIEWED_IN_PLACE:
             self._view_in_place(node, written)
             return
-        args = fx.map_arg(node.args, self.read)
+        args = fx.map_arg(arguments_of(node), self.read)
         kwargs = {key: value for key, value in fx.map_arg(node.kwargs, self.read).items() if key != "out"}
         stop = bool(node.meta.get("stop"))
         if name == "detach_":
@@ -283,7 +283,7 @@ class _Rewrite:
 
     def _call_batch_norm(self, node: fx.Node) -> None:
         """Running statistics carry no gradient, in eager code as here."""
-        args = list(fx.map_arg(node.args, self.read))
+        args: list[Any] = list(fx.map_arg(arguments_of(node), self.read))
         for index in (3, 4):
             args[index] = self._stopped(args[index], node)
         made = self._insert(aten._native_batch_norm_legit_functional.default, args, {}, node)
@@ -293,8 +293,12 @@ class _Rewrite:
             if index < 3:
                 results[index] = _Alias(_Storage(part), (), part, 0)
             else:
-                self._write(node.args[index], part, node)
+                self._write(arguments_of(node)[index], part, node)
         self.parts[node] = results
+
+
+def _overload(node: fx.Node) -> torch._ops.OpOverload:
+    return cast(torch._ops.OpOverload, node.target)
 
 
 def _is_view(target: Any) -> bool:
@@ -303,7 +307,7 @@ def _is_view(target: Any) -> bool:
 
 def _written_argument(node: fx.Node) -> fx.Node:
     written = []
-    for index, argument in enumerate(node.target._schema.arguments):
+    for index, argument in enumerate(_overload(node)._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             if value is not None:
@@ -315,11 +319,12 @@ def _written_argument(node: fx.Node) -> fx.Node:
 
 def _out_of_place(node: fx.Node) -> Any:
     """Returns the overload that computes what an in-place or `out=` overload writes."""
-    name = node.target._opname
+    target = _overload(node)
+    name = target._opname
     if "out" not in node.kwargs:
         name = _DUNDERS.get(name, name.removesuffix("_") if not name.endswith("__") else None)
-    packet = getattr(getattr(torch.ops, node.target.namespace), name, None) if name else None
-    wanted = [(a.name, str(a.type)) for a in node.target._schema.arguments if not a.is_out]
+    packet = getattr(getattr(torch.ops, target.namespace), name, None) if name else None
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
     for overload in packet.overloads() if packet is not None else ():
         candidate = getattr(packet, overload)
         form = [(a.name, str(a.type)) for a in candidate._schema.arguments]

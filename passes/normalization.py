@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gimli_compile.metadata import insert_call
+from gimli_compile.metadata import arguments_of, insert_call
 from gimli_compile.program import Program
 
 aten = torch.ops.aten
@@ -35,23 +35,23 @@ def write_out_normalization(program: Program) -> Program:
 
 
 def _layer_norm(graph: fx.Graph, node: fx.Node) -> None:
-    upstream, value, shape, mean, _, weight, bias, _ = node.args
-    forward = mean.args[0] if mean.op == "call_function" else None  # type: ignore[union-attr]
-    if forward is None or forward.target is not aten.native_layer_norm.default:  # type: ignore[union-attr]
+    upstream, value, shape, mean, _, weight, _, _ = arguments_of(node)
+    forward = mean.args[0] if mean.op == "call_function" else None
+    if forward is None or forward.target is not aten.native_layer_norm.default:
         return
-    rank = value.meta["val"].dim()  # type: ignore[union-attr]
-    within = list(range(rank - len(shape), rank))  # type: ignore[arg-type]
-    across = list(range(rank - len(shape)))  # type: ignore[arg-type]
-    affine = (weight, list(shape))  # type: ignore[call-overload]
-    made = _backward(graph, node, upstream, value, affine, forward.args[4], within, across)  # type: ignore[union-attr]
+    rank = value.meta["val"].dim()
+    within = list(range(rank - len(shape), rank))
+    across = list(range(rank - len(shape)))
+    affine = (weight, list(shape))
+    made = _backward(graph, node, upstream, value, affine, forward.args[4], within, across)
     _replace(graph, node, made)
 
 
 def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
-    upstream, value, weight, _, _, _, _, train, eps, _ = node.args
+    upstream, value, weight, _, _, _, _, train, eps, _ = arguments_of(node)
     if not train:
         return
-    rank = value.meta["val"].dim()  # type: ignore[union-attr]
+    rank = value.meta["val"].dim()
     within = [0, *range(2, rank)]
     affine = (weight, [1, -1, *[1] * (rank - 2)])
     _replace(graph, node, _backward(graph, node, upstream, value, affine, eps, within, within))
@@ -60,8 +60,9 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
 def _backward(
     graph: fx.Graph, like: fx.Node, upstream: Any, value: Any, affine: Any, eps: Any, within: Any, across: Any
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Returns the gradients in input, weight and bias. `within` are the dimensions that are normalized over, `across`
-    those that share a weight.
+    """Returns the gradients in input, weight and bias.
+
+    `within` are the dimensions that are normalized over, `across` those that share a weight.
     """
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -87,17 +88,17 @@ def _backward(
 
 def _running_statistics(graph: fx.Graph, node: fx.Node) -> None:
     """Takes the update of the running statistics out of the forward operator, which `vmap` has no rule for."""
-    value, weight, bias, running_mean, running_var, train, momentum, eps = node.args
+    value, weight, bias, running_mean, running_var, train, momentum, eps = arguments_of(node)
     if not train:
         return
-    form = value.meta["val"]  # type: ignore[union-attr]
+    form = value.meta["val"]
     within = [0, *range(2, form.dim())]
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return insert_call(graph, target, args, kwargs, like=node)
 
     def blend(old: Any, new: fx.Node) -> fx.Node:
-        kept = call(aten.mul.Tensor, old, 1 - momentum)  # type: ignore[operator]
+        kept = call(aten.mul.Tensor, old, 1 - momentum)
         return call(aten.add.Tensor, kept, call(aten.mul.Tensor, new, momentum))
 
     both = call(aten.native_batch_norm.default, value, weight, bias, None, None, True, momentum, eps)
@@ -111,7 +112,7 @@ def _running_statistics(graph: fx.Graph, node: fx.Node) -> None:
 
 def _replace(graph: fx.Graph, node: fx.Node, made: tuple[fx.Node, ...]) -> None:
     for user in list(node.users):
-        user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(made[arguments_of(user)[1]])
         graph.erase_node(user)
     graph.erase_node(node)
 

@@ -48,7 +48,7 @@ def _is_zero(value: Any) -> bool:
         return any(map(_is_zero, value.args))
     if value.target in (aten.div.Tensor, aten.neg.default, aten._to_copy.default):
         return _is_zero(value.args[0])
-    return value.target is aten.full.default and value.args[1] == 0
+    return value.target is aten.full.default and bool(value.args[1] == 0)
 
 
 def _stop(graph: fx.Graph, node: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_getitem_and_custom_functions_are_calls(program):
     def custom(x):
         return x.sin()
 
-    custom.is_custom_function = True
+    cast(Any, custom).is_custom_function = True
     node_named(program, "sin").target = custom
     verify(program)
 

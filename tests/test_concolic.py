@@ -4,6 +4,7 @@ import copy
 import math
 import operator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ class Counting(torch.optim.Optimizer):
         self.factor = factor
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             group["step"] += 1
             for p in group["params"]:
@@ -381,7 +382,8 @@ def test_make_number_takes_ints_and_floats_only():
     recorder = Recorder("unused")
     assert type(make_number(2, X[0], recorder)) is IntNumber
     assert type(make_number(2.0, X[0], recorder)) is FloatNumber
-    for value in (True, "2", None, 2j):
+    refused: list[Any] = [True, "2", None, 2j]
+    for value in refused:
         with pytest.raises(TypeError, match="stands for an int or a float"):
             make_number(value, X[0], recorder)
 

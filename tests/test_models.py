@@ -1,6 +1,7 @@
 """Kinds of models, each trained for a few steps: values against the live eager loop, gradients against differences of it."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -357,7 +358,8 @@ def test_forward_takes_and_returns_structures():
     fn = gimli.functionalize(model, plain_sgd(model.parameters()))
     state = fn.init()
     x, mask = normal(4, 3), normal(4, 2, seed=1)
-    for options in ({}, {"scale": 2.0}, {"scale": normal(2, seed=2), "mask": mask}):
+    calls: list[dict[str, Any]] = [{}, {"scale": 2.0}, {"scale": normal(2, seed=2), "mask": mask}]
+    for options in calls:
         got, expected = fn(state, {"x": x}, **options), model({"x": x}, **options)
         assert_equal_tensors(
             {"out": got["out"], "mean": got["rest"][0]}, {"out": expected["out"], "mean": expected["rest"][0]}
@@ -496,6 +498,9 @@ def test_tied_parameters_are_one_parameter():
 
 def test_tied_buffers_are_one_buffer():
     class Counting(nn.Module):
+        seen: torch.Tensor
+        inner: Any
+
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(3, 2)
@@ -536,8 +541,8 @@ class Round(torch.autograd.Function):
         return torch.round(value * 4) / 4
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad
+    def backward(ctx, *grads):
+        return grads[0]
 
 
 class Bent(torch.autograd.Function):
@@ -550,9 +555,9 @@ class Bent(torch.autograd.Function):
         return torch.round(value)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         (value,) = ctx.saved_tensors
-        return grad * (1 - torch.tanh(ctx.sharpness * value) ** 2), None
+        return grads[0] * (1 - torch.tanh(ctx.sharpness * value) ** 2), None
 
 
 class Pair(torch.autograd.Function):
@@ -567,7 +572,8 @@ class Pair(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, product, total):
+    def backward(ctx, *grads):
+        product, total = grads
         left, right = ctx.saved_tensors
         return 2 * product * right + total, product * left - 3 * total
 
@@ -586,7 +592,7 @@ FUNCTIONS = {
     "identity": lambda value: Round.apply(value),
     "bound_at_import": Round.apply,
     "of_the_input": lambda value: Bent.apply(2 * value, 0.7),
-    "two_results": lambda value: torch.tanh(sum(Pair.apply(value, value.cos()))),
+    "two_results": lambda value: torch.tanh(cast(Any, sum(Pair.apply(value, value.cos())))),
 }
 
 
@@ -607,7 +613,7 @@ class Holding(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3, 2)
-        self.hidden = type("Box", (), {})()
+        self.hidden = cast(Any, type("Box", (), {})())
         self.hidden.weight = self.layer.weight
 
     def forward(self, x):

@@ -1,6 +1,7 @@
 """Bugs that other libraries have or had, each by the number that `PEERS.md` and `PERFORMANCE.md` give it."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -336,7 +337,7 @@ def test_one_tensor_as_two_gradients(kind):
     case = Case(lambda params: kind(params, lr=0.1), shapes=((3,), (3,), (3,)))
     model, optimizer = case.start()
     shared = normal(3, seed=9)
-    same = dict.fromkeys(("p0", "p1", "p2"), shared)
+    same: dict[str, Any] = dict.fromkeys(("p0", "p1", "p2"), shared)
     for first, second in ((same, distinct(same)), (distinct(same), same)):
         fn = gimli.functionalize(model, optimizer)
         state = fn.init()
@@ -505,7 +506,7 @@ def test_grad_of_vmap_through_normalization(layer):
     inside = torch.func.vmap(torch.func.grad(outer), in_dims=(None, 0, 0))(start.params, xs, ys)
     for name in got:
         leaves = {n: p.clone().requires_grad_() for n, p in start.params.items()}
-        total = sum(outer(leaves, x, y) for x, y in zip(xs, ys, strict=True)) / 3
+        total = cast(Any, sum(outer(leaves, x, y) for x, y in zip(xs, ys, strict=True))) / 3
         (expected,) = torch.autograd.grad(total, leaves[name])
         scale = max(float(expected.abs().max()), 1e-3)
         assert float((got[name] - expected).abs().max()) <= 1e-9 * scale, name
@@ -529,5 +530,5 @@ def test_mse_under_forward_over_reverse():
         return fn.unroll(start, batches, hyper)[1].sum()
 
     rate = torch.tensor(0.1, dtype=torch.float64)
-    _, tangent = torch.func.jvp(outer, (rate,), (torch.ones_like(rate),))
+    tangent = torch.func.jvp(outer, (rate,), (torch.ones_like(rate),))[1]
     assert relative_error(tangent, torch.func.grad(outer)(rate)) <= 1e-12

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any, cast
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def named(name, result):
         return result(x)
 
     function.__name__ = name
-    function.is_custom_function = True
+    cast(Any, function).is_custom_function = True
     return function
 
 

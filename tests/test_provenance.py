@@ -3,11 +3,14 @@
 import functools
 import inspect
 import os
+import sys
+from typing import Any
 
 import pytest
 import torch
 from recorded import record
 from torch.optim.sgd import sgd
+from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import CaptureError
 from gimli_compile.provenance import SourceLine, current_source, user_source
@@ -17,7 +20,7 @@ X = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
 
 def here():
     """Returns the number of the line that calls this."""
-    return inspect.currentframe().f_back.f_lineno
+    return sys._getframe(1).f_lineno
 
 
 def sources(program):
@@ -26,6 +29,7 @@ def sources(program):
 
 def test_the_line_that_asks():
     source, line = current_source(), here()
+    assert source is not None
     assert (source.line, source.function) == (line, "test_the_line_that_asks")
     assert source.code == "source, line = current_source(), here()"
     assert source.file.endswith("test_provenance.py")
@@ -40,8 +44,9 @@ def test_the_innermost_line_of_the_users_code():
     def inner():
         return current_source()
 
-    assert inner().function == "inner"
-    assert functools.reduce(lambda _, item: current_source(), [1, 2]).function == "<lambda>"
+    items: list[Any] = [1, 2]
+    found = inner(), functools.reduce(lambda _, item: current_source(), items)
+    assert [line and line.function for line in found] == ["inner", "<lambda>"]
 
 
 def test_lines_of_the_standard_library_and_of_torch_are_passed_over():
@@ -53,7 +58,7 @@ def test_lines_of_the_standard_library_and_of_torch_are_passed_over():
 
     Mapping()[1]
     assert [line.function for line in found[:2]] == ["<lambda>", "<lambda>"]
-    line = torch.utils._pytree.tree_map(lambda leaf: current_source(), [1])[0]
+    line = pytree.tree_map(lambda leaf: current_source(), [1])[0]
     assert line.function == "<lambda>" and line.file.endswith("test_provenance.py")
 
 
@@ -110,7 +115,7 @@ def test_errors_name_the_users_line_and_not_the_librarys():
 
 
 def test_code_without_a_file_is_passed_over():
-    namespace = {"current_source": current_source}
+    namespace: dict[str, Any] = {"current_source": current_source}
     exec("def made():\n    return current_source()", namespace)
     assert namespace["made"]().function == "test_code_without_a_file_is_passed_over"
 

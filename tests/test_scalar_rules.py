@@ -1,6 +1,7 @@
 """Calls of torch functions that take concolic numbers: same results as with plain ones, and derivatives."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ def each(name, *lists, **options):
     results = getattr(torch, f"_foreach_{name}")(*lists, **options)
     return torch.stack(list(lists[0] if name.endswith("_") else results))
 
+
+from_torch: Any = vars(torch)
+foreach_sqrt = from_torch["_foreach_sqrt"]
 
 CALLS = {
     # arithmetic
@@ -171,7 +175,7 @@ CALLS = {
     "foreach minimum_": lambda x, y, z, n: each("minimum_", [x, y], [n, 0.5]),
     "foreach clamp_min": lambda x, y, z, n: each("clamp_min", [x, y], n),
     "foreach clamp_max_": lambda x, y, z, n: each("clamp_max_", [x, y], [n, n]),
-    "foreach sqrt then mul": lambda x, y, z, n: each("mul", torch._foreach_sqrt([z, z]), n),
+    "foreach sqrt then mul": lambda x, y, z, n: each("mul", foreach_sqrt([z, z]), n),
 }  # fmt: skip
 FLAT = {"copysign", "div with rounding"}
 WITHOUT_DERIVATIVE_IN_EAGER = {"floor_divide", "tensor // n", "n // tensor"}

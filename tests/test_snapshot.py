@@ -3,6 +3,7 @@
 import enum
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ class Plain:
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
+
+    if TYPE_CHECKING:  # its attributes are whatever it is given
+
+        def __getattr__(self, name) -> Any: ...
+        def __setattr__(self, name, value): ...
+        def __delattr__(self, name): ...
 
 
 def paths(root, names=None):
@@ -275,7 +282,7 @@ def test_shared_containers_and_tensors_stay_shared():
 
 
 def test_a_group_that_refers_to_its_own_list():
-    groups = [{"lr": 0.1}]
+    groups: list[dict[str, Any]] = [{"lr": 0.1}]
     groups[0]["all"] = groups
     root = Plain(param_groups=groups)
     with swap(root, {"groups.0.lr": 0.5}):
@@ -358,7 +365,7 @@ def test_the_live_objects_are_back_when_building_fails():
             raise KeyError(leaf.path)
         return 9.0
 
-    with pytest.raises(KeyError, match="lr"), installed(skeleton, value_of, None):
+    with pytest.raises(KeyError, match="lr"), installed(skeleton, value_of, {}.__getitem__):
         pass
     assert vars(owner) == {"inner": inner, "lr": 0.1} and inner.decay == 0.2
 
@@ -372,7 +379,7 @@ def test_values_are_asked_for_once():
         asked.append(leaf.path)
         return 0
 
-    with installed(skeleton, value_of, None):
+    with installed(skeleton, value_of, {}.__getitem__):
         pass
     assert asked == ["a", "b.1"]
 

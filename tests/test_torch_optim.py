@@ -15,10 +15,10 @@ from eager_reference import (
     set_number,
     worst_value_error,
 )
+from torch import optim
 
 import gimli_compile as gimli
 
-O = torch.optim
 MATRICES = ((3, 2), (2, 4))
 
 
@@ -31,61 +31,63 @@ def two_groups(params):
 
 
 OPTIONS = {
-    "sgd": Case(make(O.SGD, lr=0.1)),
-    "sgd-weight-decay": Case(make(O.SGD, lr=0.1, weight_decay=0.1)),
-    "sgd-momentum": Case(make(O.SGD, lr=0.1, momentum=0.9)),
-    "sgd-dampening": Case(make(O.SGD, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01)),
-    "sgd-nesterov": Case(make(O.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)),
-    "sgd-maximize": Case(make(O.SGD, lr=0.1, momentum=0.9, maximize=True)),
-    "sgd-foreach": Case(make(O.SGD, lr=0.1, momentum=0.9, foreach=True, weight_decay=0.01)),
-    "sgd-fused": Case(make(O.SGD, lr=0.1, momentum=0.9, fused=True, weight_decay=0.01)),
-    "sgd-tensor-lr": Case(make(O.SGD, lr=torch.tensor(0.1, dtype=torch.float64))),
-    "sgd-groups": Case(make(O.SGD, lr=0.1, momentum=0.9), groups=two_groups),
-    "sgd-per-parameter": Case(make(O.SGD, lr=0.1, momentum=0.9), per_parameter=True),
-    "adadelta": Case(make(O.Adadelta, lr=0.5)),
-    "adadelta-weight-decay": Case(make(O.Adadelta, lr=0.5, weight_decay=0.1, rho=0.8, eps=1e-3)),
-    "adadelta-foreach": Case(make(O.Adadelta, lr=0.5, foreach=True, maximize=True)),
-    "adafactor": Case(make(O.Adafactor, lr=0.05)),
-    "adafactor-options": Case(make(O.Adafactor, lr=0.05, weight_decay=0.1, beta2_decay=-0.6, d=1.5)),
-    "adafactor-foreach": Case(make(O.Adafactor, lr=0.05, foreach=True, maximize=True)),
-    "adagrad": Case(make(O.Adagrad, lr=0.05)),
-    "adagrad-options": Case(make(O.Adagrad, lr=0.05, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1)),
-    "adagrad-foreach": Case(make(O.Adagrad, lr=0.05, foreach=True, maximize=True, lr_decay=0.1)),
-    "adagrad-fused": Case(make(O.Adagrad, lr=0.05, fused=True)),
-    "adam": Case(make(O.Adam, lr=0.01)),
-    "adam-amsgrad": Case(make(O.Adam, lr=0.01, amsgrad=True, weight_decay=0.1)),
-    "adam-maximize": Case(make(O.Adam, lr=0.01, maximize=True, betas=(0.7, 0.9))),
-    "adam-foreach": Case(make(O.Adam, lr=0.01, foreach=True, amsgrad=True)),
-    "adam-fused": Case(make(O.Adam, lr=0.01, fused=True)),
-    "adam-tensor-lr": Case(make(O.Adam, lr=torch.tensor(0.01, dtype=torch.float64))),
-    "adam-decoupled": Case(make(O.Adam, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
-    "adam-groups": Case(make(O.Adam, lr=0.01), groups=two_groups),
-    "adam-per-parameter": Case(make(O.Adam, lr=0.01), per_parameter=True),
-    "adam-unused": Case(make(O.Adam, lr=0.01, weight_decay=0.1), without_grad=(1,)),
-    "adam-frozen": Case(make(O.Adam, lr=0.01, weight_decay=0.1), frozen=(0,)),
-    "adamw": Case(make(O.AdamW, lr=0.01)),
-    "adamw-options": Case(make(O.AdamW, lr=0.01, amsgrad=True, maximize=True, weight_decay=0.3)),
-    "adamw-foreach": Case(make(O.AdamW, lr=0.01, foreach=True)),
-    "adamw-fused": Case(make(O.AdamW, lr=0.01, fused=True)),
-    "adamax": Case(make(O.Adamax, lr=0.05)),
-    "adamax-options": Case(make(O.Adamax, lr=0.05, weight_decay=0.1, maximize=True)),
-    "adamax-foreach": Case(make(O.Adamax, lr=0.05, weight_decay=0.1, foreach=True)),
-    "asgd": Case(make(O.ASGD, lr=0.05, t0=2)),
-    "asgd-options": Case(make(O.ASGD, lr=0.05, weight_decay=0.1, t0=2, lambd=0.01, alpha=0.6, maximize=True)),
-    "asgd-foreach": Case(make(O.ASGD, lr=0.05, t0=2, foreach=True)),
-    "muon": Case(make(O.Muon, lr=0.05), shapes=MATRICES),
-    "nadam": Case(make(O.NAdam, lr=0.05)),
-    "nadam-decoupled": Case(make(O.NAdam, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True)),
-    "nadam-foreach": Case(make(O.NAdam, lr=0.05, weight_decay=0.1, foreach=True, maximize=True)),
-    "radam": Case(make(O.RAdam, lr=0.05), steps=7),
-    "radam-decoupled": Case(make(O.RAdam, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True), steps=7),
-    "radam-foreach": Case(make(O.RAdam, lr=0.05, foreach=True, maximize=True), steps=7),
-    "rmsprop": Case(make(O.RMSprop, lr=0.05)),
-    "rmsprop-centered": Case(make(O.RMSprop, lr=0.05, weight_decay=0.1, momentum=0.5, centered=True)),
-    "rmsprop-foreach": Case(make(O.RMSprop, lr=0.05, momentum=0.5, centered=True, foreach=True, maximize=True)),
-    "rprop": Case(make(O.Rprop, lr=0.05)),
-    "rprop-options": Case(make(O.Rprop, lr=0.05, etas=(0.6, 1.1), step_sizes=(1e-3, 0.2), maximize=True)),
-    "rprop-foreach": Case(make(O.Rprop, lr=0.05, foreach=True)),
+    "sgd": Case(make(optim.SGD, lr=0.1)),
+    "sgd-weight-decay": Case(make(optim.SGD, lr=0.1, weight_decay=0.1)),
+    "sgd-momentum": Case(make(optim.SGD, lr=0.1, momentum=0.9)),
+    "sgd-dampening": Case(make(optim.SGD, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01)),
+    "sgd-nesterov": Case(make(optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)),
+    "sgd-maximize": Case(make(optim.SGD, lr=0.1, momentum=0.9, maximize=True)),
+    "sgd-foreach": Case(make(optim.SGD, lr=0.1, momentum=0.9, foreach=True, weight_decay=0.01)),
+    "sgd-fused": Case(make(optim.SGD, lr=0.1, momentum=0.9, fused=True, weight_decay=0.01)),
+    "sgd-tensor-lr": Case(make(optim.SGD, lr=torch.tensor(0.1, dtype=torch.float64))),
+    "sgd-groups": Case(make(optim.SGD, lr=0.1, momentum=0.9), groups=two_groups),
+    "sgd-per-parameter": Case(make(optim.SGD, lr=0.1, momentum=0.9), per_parameter=True),
+    "adadelta": Case(make(optim.Adadelta, lr=0.5)),
+    "adadelta-weight-decay": Case(make(optim.Adadelta, lr=0.5, weight_decay=0.1, rho=0.8, eps=1e-3)),
+    "adadelta-foreach": Case(make(optim.Adadelta, lr=0.5, foreach=True, maximize=True)),
+    "adafactor": Case(make(optim.Adafactor, lr=0.05)),
+    "adafactor-options": Case(make(optim.Adafactor, lr=0.05, weight_decay=0.1, beta2_decay=-0.6, d=1.5)),
+    "adafactor-foreach": Case(make(optim.Adafactor, lr=0.05, foreach=True, maximize=True)),
+    "adagrad": Case(make(optim.Adagrad, lr=0.05)),
+    "adagrad-options": Case(
+        make(optim.Adagrad, lr=0.05, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.1)
+    ),
+    "adagrad-foreach": Case(make(optim.Adagrad, lr=0.05, foreach=True, maximize=True, lr_decay=0.1)),
+    "adagrad-fused": Case(make(optim.Adagrad, lr=0.05, fused=True)),
+    "adam": Case(make(optim.Adam, lr=0.01)),
+    "adam-amsgrad": Case(make(optim.Adam, lr=0.01, amsgrad=True, weight_decay=0.1)),
+    "adam-maximize": Case(make(optim.Adam, lr=0.01, maximize=True, betas=(0.7, 0.9))),
+    "adam-foreach": Case(make(optim.Adam, lr=0.01, foreach=True, amsgrad=True)),
+    "adam-fused": Case(make(optim.Adam, lr=0.01, fused=True)),
+    "adam-tensor-lr": Case(make(optim.Adam, lr=torch.tensor(0.01, dtype=torch.float64))),
+    "adam-decoupled": Case(make(optim.Adam, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+    "adam-groups": Case(make(optim.Adam, lr=0.01), groups=two_groups),
+    "adam-per-parameter": Case(make(optim.Adam, lr=0.01), per_parameter=True),
+    "adam-unused": Case(make(optim.Adam, lr=0.01, weight_decay=0.1), without_grad=(1,)),
+    "adam-frozen": Case(make(optim.Adam, lr=0.01, weight_decay=0.1), frozen=(0,)),
+    "adamw": Case(make(optim.AdamW, lr=0.01)),
+    "adamw-options": Case(make(optim.AdamW, lr=0.01, amsgrad=True, maximize=True, weight_decay=0.3)),
+    "adamw-foreach": Case(make(optim.AdamW, lr=0.01, foreach=True)),
+    "adamw-fused": Case(make(optim.AdamW, lr=0.01, fused=True)),
+    "adamax": Case(make(optim.Adamax, lr=0.05)),
+    "adamax-options": Case(make(optim.Adamax, lr=0.05, weight_decay=0.1, maximize=True)),
+    "adamax-foreach": Case(make(optim.Adamax, lr=0.05, weight_decay=0.1, foreach=True)),
+    "asgd": Case(make(optim.ASGD, lr=0.05, t0=2)),
+    "asgd-options": Case(make(optim.ASGD, lr=0.05, weight_decay=0.1, t0=2, lambd=0.01, alpha=0.6, maximize=True)),
+    "asgd-foreach": Case(make(optim.ASGD, lr=0.05, t0=2, foreach=True)),
+    "muon": Case(make(optim.Muon, lr=0.05), shapes=MATRICES),
+    "nadam": Case(make(optim.NAdam, lr=0.05)),
+    "nadam-decoupled": Case(make(optim.NAdam, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True)),
+    "nadam-foreach": Case(make(optim.NAdam, lr=0.05, weight_decay=0.1, foreach=True, maximize=True)),
+    "radam": Case(make(optim.RAdam, lr=0.05), steps=7),
+    "radam-decoupled": Case(make(optim.RAdam, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True), steps=7),
+    "radam-foreach": Case(make(optim.RAdam, lr=0.05, foreach=True, maximize=True), steps=7),
+    "rmsprop": Case(make(optim.RMSprop, lr=0.05)),
+    "rmsprop-centered": Case(make(optim.RMSprop, lr=0.05, weight_decay=0.1, momentum=0.5, centered=True)),
+    "rmsprop-foreach": Case(make(optim.RMSprop, lr=0.05, momentum=0.5, centered=True, foreach=True, maximize=True)),
+    "rprop": Case(make(optim.Rprop, lr=0.05)),
+    "rprop-options": Case(make(optim.Rprop, lr=0.05, etas=(0.6, 1.1), step_sizes=(1e-3, 0.2), maximize=True)),
+    "rprop-foreach": Case(make(optim.Rprop, lr=0.05, foreach=True)),
 }
 # Muon orthogonalizes in bfloat16: its values are exact, but differences of them see only bfloat16's grid.
 NO_DIFFERENCES = {"muon"}
@@ -147,7 +149,7 @@ def test_momentum_from_zero_without_a_buffer_warns():
 def test_muon_differentiates_what_its_bfloat16_products_round():
     """Muon's learning rate and weight decay act outside of the bfloat16 part: they have exact derivatives."""
     errors = gradient_errors(
-        Case(make(O.Muon, lr=0.05, momentum=0.9), shapes=MATRICES, steps=1),
+        Case(make(optim.Muon, lr=0.05, momentum=0.9), shapes=MATRICES, steps=1),
         skip=("groups.0.momentum", "groups.0.eps", "groups.0.ns_coefficients.0", "groups.0.ns_coefficients.1",
               "groups.0.ns_coefficients.2", "groups.0.ns_steps"),
         state_too=False,
@@ -206,7 +208,20 @@ def test_bfloat16_steps_are_within_a_rounding(name):
     assert worst_single_step(Case(**{**vars(case), "dtype": torch.bfloat16, "shapes": shapes})) <= 2
 
 
-@pytest.mark.parametrize("kind", (O.Adam, O.AdamW, O.NAdam, O.RAdam, O.Adamax, O.Adadelta, O.RMSprop, O.Rprop, O.ASGD))
+@pytest.mark.parametrize(
+    "kind",
+    (
+        optim.Adam,
+        optim.AdamW,
+        optim.NAdam,
+        optim.RAdam,
+        optim.Adamax,
+        optim.Adadelta,
+        optim.RMSprop,
+        optim.Rprop,
+        optim.ASGD,
+    ),
+)
 def test_capturable_on_a_cpu_raises_what_eager_raises(kind):
     case = Case(make(kind, capturable=True))
     with pytest.raises(AssertionError, match="capturable"):
@@ -215,7 +230,7 @@ def test_capturable_on_a_cpu_raises_what_eager_raises(kind):
         functional_params(case)
 
 
-@pytest.mark.parametrize("kind", (O.SGD, O.Adam, O.AdamW, O.RMSprop, O.Adagrad))
+@pytest.mark.parametrize("kind", (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad))
 def test_differentiable_flag_does_not_change_the_program(kind):
     """Eager with differentiable=True refuses leaves; without the flag it is the same function."""
     plain, flagged = Case(make(kind, lr=0.1)), Case(make(kind, lr=0.1, differentiable=True))
@@ -227,14 +242,14 @@ def test_differentiable_flag_does_not_change_the_program(kind):
 
 
 def test_nothing_live_changes():
-    model, optimizer = Case(make(O.AdamW, lr=0.1), warm=2).start()
+    model, optimizer = Case(make(optim.AdamW, lr=0.1), warm=2).start()
     before = [p.detach().clone() for p in model.parameters()]
     state_before = {k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state.items()}
     groups_before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     fn = gimli.functionalize(model, optimizer)
     state = fn.init()
     with warnings.catch_warnings():
-        fn.update(state.params, Case(make(O.AdamW)).gradients(1)[0], state.opt_state)
+        fn.update(state.params, Case(make(optim.AdamW)).gradients(1)[0], state.opt_state)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == groups_before
     for parameter, entries in state_before.items():

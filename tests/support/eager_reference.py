@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Case:
     grad_scale: float = 1.0
     per_parameter: bool = False
 
-    def start(self):
+    def start(self) -> tuple[Any, Any]:
         """Returns a fresh model and optimizer, trained for `warm` steps."""
         torch.manual_seed(29)
         model = Holder(self.shapes, self.dtype, self.frozen)
@@ -113,7 +114,7 @@ def worst_value_error(case):
     return max(relative_error(got[t][n], expected[t][n]) for t in range(case.steps) for n in expected[t])
 
 
-def projection(params):
+def projection(params) -> Any:
     """Returns a fixed random linear function of the parameters."""
     generator = torch.Generator().manual_seed(11)
     total = 0.0
@@ -158,7 +159,7 @@ def finite_difference(function, scale, lowest=1e-9):
     """Returns the best of estimates over widths from `scale` down: the one that agrees best with its neighbour."""
     widths = [scale * 10.0**-power for power in range(2, 9) if scale * 10.0**-power > lowest]
     estimates = [estimate for estimate in (central(function, width) for width in widths) if estimate == estimate]
-    pairs = [(abs(a - b), b) for a, b in zip(estimates, estimates[1:], strict=False)]
+    pairs = [(abs(a - b), b) for a, b in pairwise(estimates)]
     return min(pairs)[1]
 
 

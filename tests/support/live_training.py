@@ -25,15 +25,15 @@ class Training:
     The loss takes `meta` if there is one. `seed` is that of the draws of the loop.
     """
 
-    model: Callable[[], torch.nn.Module]
-    optimizer: Callable[[Any], torch.optim.Optimizer]
-    loss: Callable[..., torch.Tensor]
+    model: Callable[[], Any]
+    optimizer: Any
+    loss: Any
     batches: list[Any]
     meta: Any = None
     seed: int = 3
     prepare: Callable[[torch.nn.Module], Any] = field(default=lambda model: None)
 
-    def start(self):
+    def start(self) -> tuple[Any, Any]:
         """Returns the model and the optimizer, always with the same values."""
         torch.manual_seed(1)
         model = self.model().double()
@@ -220,7 +220,7 @@ def moved(tree, along, offset):
     return pytree.tree_map(lambda leaf, way: leaf.detach() + offset * way if is_floating(leaf) else leaf, tree, along)
 
 
-def objective(params, losses):
+def objective(params, losses) -> Any:
     """A random projection of the last parameters and of the losses of all steps."""
     total = 0.0
     for index, value in enumerate(params.values()):

@@ -3,6 +3,7 @@
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Trace:
     """What one recording gave: the program, what the function returned, and what the recorder noted beside."""
 
     program: Program
-    value: object
+    value: Any
     recorder: Recorder
 
     @property
@@ -31,7 +32,7 @@ class Trace:
         return [entry.what for entry in self.recorder.baked]
 
 
-def trace(function, tensors=None, numbers=None, *, region=Region.OPTIMIZER, around=nullcontext):
+def trace(function, tensors=None, numbers=None, *, region=Region.OPTIMIZER, around: Any = nullcontext):
     """Calls `function` with copies of named tensors and with concolic numbers, and records what it does.
 
     Results of the program: the tensors and numbers that the function returned (`output[0]`...), the final value of
@@ -141,7 +142,7 @@ def _gradients(total, leaves):
     """Returns the gradients by name; zeros for what `total` does not depend on."""
     if not total.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), **options), strict=True))
 
 

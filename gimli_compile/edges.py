@@ -1,8 +1,8 @@
-"""Hyperparameters that are exactly zero, where optimizers skip what the zero would make vanish.
+"""Hyperparameters on the edge of a condition: a weight decay of exactly zero, a mixing weight of exactly one.
 
 `if weight_decay != 0:` takes another branch at zero, and a program of that branch does not know the weight decay. Where
-the branch that non-zero values take is the same function at zero, a program of it is right at zero as well, and has the
-derivative.
+the branch that values beside the edge take is the same function on the edge, a program of it is right there as well, and
+has the derivative.
 """
 
 from __future__ import annotations
@@ -20,28 +20,46 @@ from gimli_compile.update_capture import ancestors, capture_update
 from gimli_compile.validation import perturbed, reproduces, validate
 from gimli_compile.variant import UpdateVariant, split_guards
 
-_SENTINEL = 0.01
+_BESIDE = 0.01
+_NEAR = 1e-6
 
 
-def lift_zeros(
+def edges_of(variant: UpdateVariant, inputs: UpdateInputs) -> frozenset[str]:
+    """Returns the hyperparameters of which the smallest change turns a condition of the variant over."""
+    if variant.decide is None:
+        return frozenset()
+    found = set()
+    for slot in variant.decide.inputs:
+        if slot.role is Role.HYPER and any(_turns(variant, inputs, slot, sign) for sign in (1, -1)):
+            found.add(slot.path)
+    return frozenset(found)
+
+
+def _turns(variant: UpdateVariant, inputs: UpdateInputs, slot: Slot, sign: int) -> bool:
+    value = inputs.hyper[slot.path]
+    if bool((value != 0).all()) and bool((value == value.round()).all()) and bool((value.abs() > 1).any()):
+        return False  # a count, which no derivative is asked of
+    near = torch.where(value == 0, sign * _NEAR, value * (1 + sign * _NEAR)).to(value.dtype)
+    return not variant.holds(replace(inputs, hyper={**inputs.hyper, slot.path: near}).by_slot())
+
+
+def lift_edges(
     view: OptimizerView, inputs: UpdateInputs, plain: UpdateVariant, paths: frozenset[str], title: str
 ) -> UpdateVariant | None:
-    """Returns the variant that non-zero values of `paths` take, if it is the same function at zero; else None.
+    """Returns the variant that values beside those of `paths` take, if it is the same function on the edge; else None.
 
-    `plain` is the variant captured at zero. A number that the step ignores at zero but not beside it (a dampening
-    without momentum) gets no gradient and is pinned to its value: at zero its derivative is zero.
+    `plain` is the variant captured on the edge. A number that the step ignores there but not beside it (a dampening
+    without momentum) gets no gradient and is pinned to its value: on the edge its derivative is zero.
     """
-    moved = replace(
-        inputs, hyper={p: torch.full_like(v, _SENTINEL) if p in paths else v for p, v in inputs.hyper.items()}
-    )
+    moved = replace(inputs, hyper={p: _beside(v) if p in paths else v for p, v in inputs.hyper.items()})
     try:
         variant = validate(view, moved, capture_update(view, moved, title))
     except CaptureError:
         return None
     variant = _without_guards_on(variant, paths)
-    if not variant.holds(inputs.by_slot(), frozenset()) or not reproduces(view, inputs, variant):
+    if not variant.holds(inputs.by_slot()) or not reproduces(view, inputs, variant):
         return None
-    ignored = _ignored_at_zero(view, inputs, variant, paths)
+    ignored = _ignored_at_edge(view, inputs, variant, paths)
     if any(slot in _used(plain.program) for slot in ignored):
         return None
     values = inputs.by_slot()
@@ -49,7 +67,11 @@ def lift_zeros(
     return replace(variant, program=_cut(variant.program, ignored), pins=pins)
 
 
-def _ignored_at_zero(
+def _beside(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value == 0, _BESIDE, value * (1 - _BESIDE)).to(value.dtype)
+
+
+def _ignored_at_edge(
     view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant, paths: frozenset[str]
 ) -> list[Slot]:
     """Returns the hyperparameters in which eager and the variant part once they change."""
@@ -57,7 +79,7 @@ def _ignored_at_zero(
     for slot in sorted(_used(variant.program), key=str):
         if slot.role is Role.HYPER and slot.path not in paths:
             changed = perturbed(inputs, {slot})
-            if variant.holds(changed.by_slot(), frozenset()) and _parts(view, changed, variant):
+            if variant.holds(changed.by_slot()) and _parts(view, changed, variant):
                 found.append(slot)
     return found
 
