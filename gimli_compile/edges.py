@@ -1,7 +1,7 @@
 """Hyperparameters on the edge of a condition: a weight decay of exactly zero, a mixing weight of exactly one.
 
 `if weight_decay != 0:` takes another branch at zero, and a program of that branch does not know the weight decay. Where
-the branch that values beside the edge take is the same function on the edge, a program of it is right there as well, and
+the branch that values beside the edge take is the same function on the edge, a program of it is right there too, and
 has the derivative.
 """
 

@@ -198,9 +198,12 @@ class Functional:
         *,
         order: int,
         draws: dict[Slot, torch.Tensor] | None = None,
+        model_key: Any = None,
     ) -> tuple[TrainState, torch.Tensor]:
         draws = {} if draws is None else draws
-        loss, grads, buffers = self._losses.gradient(state, batch, meta, self._trained, order=order, draws=draws)
+        loss, grads, buffers = self._losses.gradient(
+            state, batch, meta, self._trained, order=order, draws=draws, model_key=model_key
+        )
         params, opt_state = self._updates.run(UpdateInputs(state.params, grads, state.opt_state, hyper, draws))
         return TrainState(params, buffers, opt_state), loss
 
@@ -241,9 +244,14 @@ class Functional:
         """
         values = self._hyper_values(hyper)
 
+        model_key = self._model_view.signature()
+        checked: list[bool] = []
+
         def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
-            self._check_step(now)
-            made = self._step(now, batch, hyper, meta, order=order, draws=draws)
+            if not checked:  # later states are made here
+                self._check_step(now)
+                checked.append(True)
+            made = self._step(now, batch, hyper, meta, order=order, draws=draws, model_key=model_key)
             if checkpoint is not None:
                 check_constants(self._losses.constants())
             return made

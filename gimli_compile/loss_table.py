@@ -82,11 +82,16 @@ class LossTable:
         *,
         order: int,
         draws: dict[Slot, torch.Tensor],
+        model_key: Any = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], Tensors]:
-        """Returns the loss, its gradient by parameter name (None where there is none), and the new buffers."""
+        """Returns the loss, its gradient by parameter name (None where there is none), and the new buffers.
+
+        `model_key` is the model's signature if the caller knows it, as a loop does.
+        """
+        model_key = self.view.signature() if model_key is None else model_key
         values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
         values.update(tree_slots(Role.META, meta))
-        key = (self.view.signature(), _forms(state.params, state.buffers), _tree_form((batch, meta)), tuple(trained))
+        key = (model_key, _forms(state.params, state.buffers), _tree_form((batch, meta)), tuple(trained))
         known = self.gradients.setdefault(key, [])
         for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
             program = gradient.program(order)

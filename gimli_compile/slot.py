@@ -35,6 +35,13 @@ class Slot:
     role: Role
     path: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.role.value, self.path)))
+
+    def __hash__(self) -> int:
+        """Returns the hash that was made once: slots are looked up many times in every step."""
+        return self._hash  # type: ignore[attr-defined]
+
     @property
     def name(self) -> str:
         """A Python identifier made of role and path."""

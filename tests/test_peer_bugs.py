@@ -216,10 +216,10 @@ CHECKED = {
 
 def dead():
     """A network with a dead ReLU: one row of the first layer has gradients of exactly zero in every step."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    first = nn.Linear(3, 4)
     with torch.no_grad():
-        model[0].bias[1] = -9.0
-    return model
+        first.bias[1] = -9.0
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(4, 2))
 
 
 @pytest.mark.usefixtures("default_float64")

@@ -1,7 +1,6 @@
 """Calls of torch functions that take concolic numbers: same results as with plain ones, and derivatives."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -37,8 +36,7 @@ def each(name, *lists, **options):
     return torch.stack(list(lists[0] if name.endswith("_") else results))
 
 
-from_torch: Any = vars(torch)
-foreach_sqrt = from_torch["_foreach_sqrt"]
+foreach_sqrt = vars(torch)["_foreach_sqrt"]
 
 CALLS = {
     # arithmetic

@@ -404,9 +404,8 @@ def test_func_grad_equals_autograd(optimizer):
     _, _, again = training.functionalized()
     leaves = (again.init().params, again.hyperparameters(), pytree.tree_map(torch.clone, batches))
     flat, _ = pytree.tree_flatten(leaves)
-    value = task_loss(again, training, batches, held_out)(
-        *pytree.tree_map(torch.Tensor.requires_grad_, leaves), held_out
-    )
+    params, hyper, batches = pytree.tree_map(torch.Tensor.requires_grad_, leaves)
+    value = task_loss(again, training, batches, held_out)(params, hyper, batches, held_out)
     expected = torch.autograd.grad(value, flat, allow_unused=True, materialize_grads=True)
     for own, grad in zip(pytree.tree_leaves(got), expected, strict=True):
         assert relative_error(own, grad) <= 1e-12
