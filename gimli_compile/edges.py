@@ -75,13 +75,16 @@ def _ignored_at_edge(
     view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant, paths: frozenset[str]
 ) -> list[Slot]:
     """Returns the hyperparameters in which eager and the variant part once they change."""
-    found = []
-    for slot in sorted(_used(variant.program), key=str):
-        if slot.role is Role.HYPER and slot.path not in paths:
-            changed = perturbed(inputs, {slot})
-            if variant.holds(changed.by_slot()) and _parts(view, changed, variant):
-                found.append(slot)
-    return found
+    others = [s for s in sorted(_used(variant.program), key=str) if s.role is Role.HYPER and s.path not in paths]
+
+    def part(slots: set[Slot]) -> bool:
+        changed = perturbed(inputs, slots)
+        return variant.holds(changed.by_slot()) and _parts(view, changed, variant)
+
+    together = perturbed(inputs, set(others))
+    if variant.holds(together.by_slot()) and not _parts(view, together, variant):
+        return []  # one look at all of them, since most often there is none
+    return [slot for slot in others if part({slot})]
 
 
 def _parts(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:

@@ -9,6 +9,7 @@ from gimli_compile.passes.liveness import eliminate_dead_code
 from gimli_compile.passes.mutation import functionalize
 from gimli_compile.passes.normalization import write_out_normalization
 from gimli_compile.passes.order import stop_inner_gradients
+from gimli_compile.passes.reals import use_real_signs
 from gimli_compile.passes.redundancy import merge_common_subexpressions
 from gimli_compile.passes.singularity import guard_zeros
 from gimli_compile.program import Pass, Program, apply_passes
@@ -18,6 +19,7 @@ LOSS_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
     relax_views,
+    use_real_signs,
     write_out_normalization,
     merge_common_subexpressions,
     eliminate_dead_code,
@@ -26,6 +28,7 @@ UPDATE_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
     relax_views,
+    use_real_signs,
     eliminate_dead_code,
     guard_zeros,
     merge_common_subexpressions,

@@ -63,6 +63,16 @@ def _storage(tensor: torch.Tensor) -> Any:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
+def _written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Returns the tensors that a call writes to."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return found
+
+
 class Recorder(TorchDispatchMode):
     """A dispatch mode that turns what runs under it into a graph.
 
@@ -190,21 +200,20 @@ class Recorder(TorchDispatchMode):
         node_args, node_kwargs = tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
         shared = {_storage(tensor) for tensor in tensors}
         out = func(*args, **kwargs)
-        self._spread(func, tensors, out, shared, reach)
+        self._spread(_written_tensors(func, args, kwargs), out, shared, reach)
         if isinstance(out, (torch.Tensor, tuple, list)):
             self.add_call(func, node_args, node_kwargs, out)
         elif reach and out is not None:
             raise self._error_reads_value(func)
         return out
 
-    def _spread(self, func: Any, tensors: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
+    def _spread(self, written: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
         """Notes what the results, and what an in-place operator wrote to, depend on: by storage, for views to know."""
         for item in tree_leaves(out):
             if isinstance(item, torch.Tensor) and _storage(item) not in shared:
                 self._reach[_storage(item)] = reach
-        if func._schema.is_mutable:
-            for tensor in tensors:
-                self._reach[_storage(tensor)] = self._reach.get(_storage(tensor), 0) | reach
+        for tensor in written:
+            self._reach[_storage(tensor)] = self._reach.get(_storage(tensor), 0) | reach
 
     def add_call(self, func: Any, args: Any, kwargs: Any, out: Any, *, override: bool = False) -> None:
         """Adds the node of a call and ties its results to it; known results (in-place) stay tied unless `override`."""
@@ -267,20 +276,16 @@ class Recorder(TorchDispatchMode):
             )
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            for tensor in tree_leaves(value):
-                if isinstance(tensor, torch.Tensor) and not self._may_change(tensor):
-                    raise CaptureError(
-                        compose_message(
-                            f"`{func._opname}` changes a tensor that is neither a parameter, a buffer nor state",
-                            user_source(),
-                            "A captured program is pure: what it changes must be one of its inputs.",
-                            "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
-                        )
+        for tensor in _written_tensors(func, args, kwargs):
+            if not self._may_change(tensor):
+                raise CaptureError(
+                    compose_message(
+                        f"`{func._opname}` changes a tensor that is neither a parameter, a buffer nor state",
+                        user_source(),
+                        "A captured program is pure: what it changes must be one of its inputs.",
+                        "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
                     )
+                )
 
     def _shape_varies(self, func: Any, args: Any) -> bool:
         """Tells whether the shape of a result depends on values that may change; an index of integers never does."""

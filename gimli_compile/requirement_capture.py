@@ -14,8 +14,8 @@ from gimli_compile.program import Program
 from gimli_compile.requirements import Captured
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
-from gimli_compile.transforms import is_differentiated, is_zero
-from gimli_compile.update_table import UpdateTable, form
+from gimli_compile.transforms import is_zero
+from gimli_compile.update_table import UpdateTable, assemble, form
 from gimli_compile.variant import UpdateVariant
 
 _STEPS = 2
@@ -44,19 +44,13 @@ def capture_for_requirements(
             else:
                 _, grads, buffers = losses.gradient(state, batch, meta, list(trained), order=2, draws={})
             inputs = UpdateInputs(state.params, grads, state.opt_state, hyper)
-            variant = _variant_for(updates, inputs)
+            variant, results = updates.run_variant(inputs)
             variants += [variant] if variant not in variants else []
-            params, opt_state = updates.run(inputs)
+            params, opt_state = assemble(inputs, variant, results)
             state = TrainState(params, buffers, opt_state)
     gradient = _gradient_of(losses, state, batch, meta)
     zeros = frozenset(path for path, value in hyper.items() if is_zero(value))
     return Captured(updates.title, gradient, tuple(variants), tuple(trained), zeros)
-
-
-def _variant_for(updates: UpdateTable, inputs: UpdateInputs) -> UpdateVariant:
-    zeros = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value) and is_zero(value))
-    values: dict[Slot, torch.Tensor] = inputs.by_slot()
-    return updates.variant_for(inputs, values, zeros, [])
 
 
 def _gradient_of(losses: LossTable, state: TrainState, batch: Any, meta: Any) -> Program | None:

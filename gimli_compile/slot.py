@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import keyword
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class Role(enum.Enum):
@@ -34,13 +34,14 @@ class Slot:
 
     role: Role
     path: str = ""
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.role.value, self.path)))
 
     def __hash__(self) -> int:
         """Returns the hash that was made once: slots are looked up many times in every step."""
-        return self._hash  # type: ignore[attr-defined]
+        return self._hash
 
     @property
     def name(self) -> str:

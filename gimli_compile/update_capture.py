@@ -12,6 +12,7 @@ from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
+from gimli_compile.literals import literals_marked
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, UpdateOutputs, as_leaf, plain_value
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
@@ -50,7 +51,8 @@ class _Tracing:
         modules = modules_of(self.view.classes())
 
         def execute() -> None:
-            with escapes_closed(self.recorder, modules), self.recorder, Interception(self.recorder):
+            escapes = escapes_closed(self.recorder, modules)
+            with literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
                 self.view.step()
 
         return self.view.run(skeleton, self.params, self.grads, self.values, execute)

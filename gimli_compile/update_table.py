@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,6 @@ from gimli_compile.transforms import is_differentiated, outside_transforms, repr
 from gimli_compile.update_capture import capture_update
 from gimli_compile.validation import validate, warn_of_baked
 from gimli_compile.variant import UpdateVariant
-
-_MOST_MISSES = 8
 
 
 class UpdateTable:
@@ -55,15 +54,17 @@ class UpdateTable:
 
     def run(self, inputs: UpdateInputs) -> tuple[dict[str, torch.Tensor], OptState]:
         """Returns the new parameters and the new state."""
+        variant, results = self.run_variant(inputs)
+        return assemble(inputs, variant, results)
+
+    def run_variant(self, inputs: UpdateInputs) -> tuple[UpdateVariant, dict[Slot, torch.Tensor]]:
+        """Returns the variant that fits the inputs, and its results."""
         values = inputs.by_slot()
         watched = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value))
-        refused: list[UpdateVariant] = []
-        for _ in range(_MOST_MISSES):
-            variant = self.variant_for(inputs, values, watched, refused)
+        for variant in self._candidates(inputs, values, watched):
             results = variant.program({**values, **variant.program.draw(inputs.draws)})
             if variant.held(results):
-                return _assemble(inputs, variant, results)
-            refused.append(variant)
+                return variant, results
         raise CaptureError(
             compose_message(
                 f"the conditions on tensor values in `{type(self.view.optimizer).__name__}.step` do not settle",
@@ -73,23 +74,19 @@ class UpdateTable:
             )
         )
 
-    def variant_for(
-        self,
-        inputs: UpdateInputs,
-        values: dict[Slot, torch.Tensor],
-        watched: frozenset[str],
-        refused: list[UpdateVariant],
-    ) -> UpdateVariant:
-        """Returns a variant that holds before the step, capturing one if there is none."""
+    def _candidates(
+        self, inputs: UpdateInputs, values: dict[Slot, torch.Tensor], watched: frozenset[str]
+    ) -> Iterator[UpdateVariant]:
+        """Yields the known variants that hold before the step, then one that is captured from these values."""
         group = self._variants.setdefault(signature(inputs), [])
-        for variant in group:
-            if variant not in refused and variant.holds(values, watched):
-                return variant
+        for variant in list(group):
+            if variant.holds(values, watched):
+                yield variant
         with torch.random.fork_rng():
             captured = self._capture(representatives_of(inputs), watched)
         group.append(captured)
         warn_of_baked(captured.baked)
-        return captured
+        yield captured
 
     def _capture(self, inputs: UpdateInputs, watched: frozenset[str]) -> UpdateVariant:
         with outside_transforms():
@@ -113,9 +110,10 @@ def _lost_at_edge(path: str, value: float) -> Baked:
     )
 
 
-def _assemble(
+def assemble(
     inputs: UpdateInputs, variant: UpdateVariant, results: dict[Slot, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], OptState]:
+    """Returns the new parameters and the new state that a variant computed."""
     params = dict(inputs.params)
     state: dict[str, torch.Tensor] = {}
     for slot, value in results.items():

@@ -59,8 +59,8 @@ def test_sign_cuts_the_gradient_but_not_the_learning_rate():
     assert found.holds is False
     (reason,) = found.II.reasons
     assert reason.startswith("grads[0.weight], grads[0.bias], grads[2.weight] and 5 more: to the new parameters only")
-    assert "`sgn` at lion_pytorch/lion_pytorch.py:" in reason and "sgn_() (node sgn of update 1 of 2" in reason
-    assert {cut.operator for cut in found.II.cuts} == {"sgn"}
+    assert "`sign` at lion_pytorch/lion_pytorch.py:" in reason and "sgn_() (node sign of update 1 of 2" in reason
+    assert {cut.operator for cut in found.II.cuts} == {"sign"}
     holds = {path: reach.holds for path, reach in found.hyper.items()}
     assert holds == {
         "groups.0.lr": True,
@@ -69,7 +69,7 @@ def test_sign_cuts_the_gradient_but_not_the_learning_rate():
         "groups.0.weight_decay": True,
     }
     for name in ("groups.0.betas.0", "groups.0.betas.1"):
-        assert str(found.hyper[name]).startswith("only through a cut: `sgn` at lion_pytorch/lion_pytorch.py:")
+        assert str(found.hyper[name]).startswith("only through a cut: `sign` at lion_pytorch/lion_pytorch.py:")
 
 
 def test_state_carries_a_hyperparameter_to_a_later_step():
@@ -108,7 +108,7 @@ def likelihood(model, batch):
 
 @pytest.mark.parametrize(
     ("loss", "cut"),
-    [(constant_gradient, None), (absolute, "sgn"), (hinge, "threshold_backward"), (likelihood, "nll_loss_backward")],
+    [(constant_gradient, None), (absolute, "sign"), (hinge, "threshold_backward"), (likelihood, "nll_loss_backward")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_piecewise_linear_losses_of_a_linear_model(loss, cut):
@@ -269,7 +269,7 @@ def test_a_hyperparameter_to_learn_that_is_cut():
     beta.requires_grad_()
     found = fn.requirements(hyper=hyper)
     assert found.III_a.holds is False
-    assert found.III_a.reasons[0].startswith("hyper[groups.0.betas.0]: only through a cut: `sgn` at lion_pytorch/")
+    assert found.III_a.reasons[0].startswith("hyper[groups.0.betas.0]: only through a cut: `sign` at lion_pytorch/")
 
 
 class Stepwise(optim.Optimizer):
