@@ -160,7 +160,17 @@ def _static_key(value: Any) -> Any:
     return ("object", id(value))
 
 
-_OPAQUE = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, torch.Generator, torch.dtype, torch.device)
+_OPAQUE = (
+    enum.Enum,
+    type,
+    ModuleType,
+    FunctionType,
+    MethodType,
+    BuiltinFunctionType,
+    torch.Generator,
+    torch.dtype,
+    torch.device,
+)
 
 
 def _open(value: Any) -> tuple[Callable[[list[Any]], Any] | None, list[tuple[Any, Any]], Any]:

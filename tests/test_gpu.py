@@ -1,0 +1,46 @@
+"""The same programs on an accelerator: values and meta-gradients equal those of the CPU."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import gimli_compile as gimli
+
+pytestmark = pytest.mark.gpu
+
+
+def meta_gradient(device, make):
+    """Returns the losses, the last parameters and the hypergradients of three steps in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 3)).double().to(device)
+    x, y = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(3, (3, 6))
+    fn = gimli.functionalize(model, make(model.parameters()), lambda m, batch: cross_entropy(m(batch[0]), batch[1]))
+    hyper = fn.hyperparameters()
+    leaves = [value.requires_grad_() for value in hyper[0].values() if isinstance(value, torch.Tensor)]
+    state, losses = fn.unroll(fn.init(), (x.to(device), y.to(device)), hyper)
+    grads = torch.autograd.grad(losses[-1], leaves, allow_unused=True, materialize_grads=True)
+    return [losses.detach().cpu(), *(p.detach().cpu() for p in state.params.values()), *(g.cpu() for g in grads)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+        lambda params: torch.optim.Adam(params, lr=0.1, amsgrad=True),
+        lambda params: torch.optim.AdamW(params, lr=0.1, capturable=True),
+        lambda params: torch.optim.RMSprop(params, lr=0.1, centered=True),
+    ],
+    ids=["sgd", "adam", "adamw-capturable", "rmsprop"],
+)
+def test_an_accelerator_gives_what_the_cpu_gives(make):
+    there = meta_gradient("cuda", make)
+    here = meta_gradient("cpu", lambda params: _on_cpu(make(params)))
+    for value, expected in zip(there, here, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+def _on_cpu(optimizer):
+    for group in optimizer.param_groups:
+        group["capturable"] = False
+    return optimizer
