@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from typing import Any
 
 import pytest
 import pytorch_optimizer
@@ -10,7 +11,7 @@ from eager_reference import Case, eager_params, functional_params, worst_value_e
 
 import gimli_compile as gimli
 
-CLASSES = {
+CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in vars(pytorch_optimizer).values()
     if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
