@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,25 @@ def check_optimizer(optimizer: Any) -> None:
                 None,
                 "`functionalize` runs the optimizer's own `step`.",
                 "Pass an instance of a `torch.optim.Optimizer` subclass, or of a class that looks like one.",
+            )
+        )
+
+
+def check_step(optimizer: Any) -> None:
+    """Refuses an optimizer whose step cannot be called without arguments."""
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in starred]
+    if required:
+        raise InputError(
+            compose_message(
+                f"`{type(optimizer).__name__}.step` needs an argument: {', '.join(required)}",
+                None,
+                "A program is captured from `step()`; optimizers that evaluate the loss themselves are not supported.",
+                "Use an optimizer that steps along the gradients that the parameters have.",
             )
         )
 

@@ -19,6 +19,7 @@ from gimli_compile.argument_checks import (
     check_options,
     check_shapes,
     check_state,
+    check_step,
     check_tensors,
     check_train_state,
 )
@@ -78,6 +79,7 @@ class Functional:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         check_optimizer(optimizer)
+        check_step(optimizer)
         check_loss_function(loss_fn)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)

@@ -725,3 +725,9 @@ def test_a_refused_capture_is_not_kept():
         fn.step(state, "batch")
     got, _ = fn.unroll(state, PLAIN.batches)
     assert_equal_tensors(got.params, run_live(PLAIN).params[-1])
+
+
+def test_an_optimizer_that_needs_a_closure():
+    model = mlp().double()
+    with pytest.raises(InputError, match=r"`LBFGS.step` needs an argument: closure[\s\S]*not supported[\s\S]*Use an"):
+        gimli.functionalize(model, torch.optim.LBFGS(model.parameters()), squared_error)
