@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from gimli_compile.metadata import operator_name
+from gimli_compile.metadata import arguments_of, operator_name
 
 
 class Passage(enum.Enum):
@@ -84,7 +84,7 @@ def arguments(node: fx.Node) -> Iterator[tuple[fx.Node, Passage]]:
 
 def call_of(node: fx.Node) -> fx.Node:
     """Returns the call that a node is one of several results of, or the node itself."""
-    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+    return arguments_of(node)[0] if node.target is operator.getitem else node
 
 
 def _passage(call: fx.Node, position: int | None) -> Passage | None:

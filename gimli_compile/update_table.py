@@ -89,6 +89,7 @@ class UpdateTable:
         yield captured
 
     def _capture(self, inputs: UpdateInputs, watched: frozenset[str]) -> UpdateVariant:
+        _refuse_non_finite(inputs)
         with outside_transforms():
             variant = validate(self.view, inputs, capture_update(self.view, inputs, self.title))
             edges = edges_of(variant, inputs)
@@ -100,6 +101,21 @@ class UpdateTable:
                 return replace(lifted, edges=edges, relaxed=wanted)
             lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted))
             return replace(variant, edges=edges, relaxed=wanted, baked=(*variant.baked, *lost))
+
+
+def _refuse_non_finite(inputs: UpdateInputs) -> None:
+    """Refuses to capture from values on which nothing can be checked; a captured program takes any values."""
+    for what, tensors in (("grads", inputs.grads), ("params", inputs.params)):
+        for name, value in tensors.items():
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise CaptureError(
+                    compose_message(
+                        f"{what}[{name!r}] has NaN or infinite entries, and this update is yet to be captured",
+                        None,
+                        "A program captured from such values could not be checked against the optimizer's own step.",
+                        "Start from finite values; if training diverged before, take a smaller learning rate.",
+                    )
+                )
 
 
 def _lost_at_edge(path: str, value: float) -> Baked:

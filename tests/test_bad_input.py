@@ -351,9 +351,9 @@ def test_values_that_are_not_finite_while_capturing(value):
 
 
 def test_values_that_are_not_finite_afterwards_go_through():
-    """A captured program computes what eager computes, NaN included."""
+    """Captured programs (the first update's and the later ones') compute what eager computes, NaN included."""
     _model, _optimizer, fn = PLAIN.functionalized()
-    state, _ = fn.step(fn.init(), PLAIN.batches[0])
+    state, _ = fn.unroll(fn.init(), PLAIN.batches[:2])
     _, loss = fn.step(state, (PLAIN.batches[0][0] * float("nan"), PLAIN.batches[0][1]))
     assert bool(loss.isnan())
 
@@ -731,3 +731,17 @@ def test_an_optimizer_that_needs_a_closure():
     model = mlp().double()
     with pytest.raises(InputError, match=r"`LBFGS.step` needs an argument: closure[\s\S]*not supported[\s\S]*Use an"):
         gimli.functionalize(model, torch.optim.LBFGS(model.parameters()), squared_error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_while_capturing(value):
+    """Nothing is captured from them; a program that exists takes them, as eager does."""
+    model, optimizer, fn = PLAIN.functionalized()
+    state = fn.init()
+    bad = {name: torch.full_like(p, value) for name, p in state.params.items()}
+    with pytest.raises(CaptureError, match=r"grads\['0.weight'\] has NaN or infinite[\s\S]*Start from finite values"):
+        fn.update(state.params, bad, state.opt_state)
+    fn.update(state.params, {name: torch.ones_like(p) for name, p in state.params.items()}, state.opt_state)
+    params, _ = fn.update(state.params, bad, state.opt_state)
+    assert not any(p.isfinite().any() for p in params.values())
+    assert_still_trains(PLAIN, model, optimizer)

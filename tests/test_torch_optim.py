@@ -199,6 +199,21 @@ def test_float32_steps_are_bit_equal(name):
     assert worst_single_step(Case(**{**vars(case), "dtype": torch.float32, "shapes": shapes})) == 0
 
 
+@pytest.mark.parametrize("name", sorted(name for name in OPTIONS if "fused" in name))
+def test_float32_steps_of_fused_kernels_are_within_two_roundings(name):
+    """A fused kernel rounds in an order of its own; the program is that of the step without it."""
+    torch.set_default_dtype(torch.float32)
+    shapes = ((37,), (3, 50), (2, 2, 2))
+    assert worst_single_step(Case(**{**vars(OPTIONS[name]), "dtype": torch.float32, "shapes": shapes})) <= 2
+
+
+@pytest.mark.parametrize("kind", (optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop))
+def test_float32_steps_with_a_tensor_learning_rate_are_within_two_roundings(kind):
+    torch.set_default_dtype(torch.float32)
+    shapes = ((37,), (3, 50), (2, 2, 2))
+    assert worst_single_step(Case(make(kind, lr=torch.tensor(0.01)), dtype=torch.float32, shapes=shapes)) <= 2
+
+
 @pytest.mark.parametrize("name", SINGLE_STEPS)
 def test_bfloat16_steps_are_within_a_rounding(name):
     """`add` with `alpha` rounds once or twice in eager's vectorized loop, depending on the place in the tensor."""
