@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.protocol import Protocol
 from gimli_compile.snapshot import GROUPS
 from gimli_compile.state import Hyperparameters, OptState, TrainState
 
@@ -28,21 +28,15 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_step(optimizer: Any) -> None:
-    """Refuses an optimizer whose step cannot be called without arguments."""
-    try:
-        parameters = inspect.signature(optimizer.step).parameters.values()
-    except (TypeError, ValueError):
-        return
-    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in starred]
-    if required:
+def check_plain(protocol: Protocol | None, name: str) -> None:
+    """Refuses to speak of the update alone where it is no function of gradients."""
+    if protocol is None or not protocol.is_plain:
         raise InputError(
             compose_message(
-                f"`{type(optimizer).__name__}.step` needs an argument: {', '.join(required)}",
+                f"`{name}.step` is no function of gradients alone",
                 None,
-                "A program is captured from `step()`; optimizers that evaluate the loss themselves are not supported.",
-                "Use an optimizer that steps along the gradients that the parameters have.",
+                "It evaluates the loss itself, or differentiates the gradients, so only the whole step has a program.",
+                "Use `step` and `unroll`, and look at `programs['step']`.",
             )
         )
 
@@ -102,13 +96,20 @@ def check_model(view: ModelView, before: Mapping[str, tuple[int, bool]]) -> None
     )
 
 
-def check_loss_function(loss_fn: Any) -> None:
-    """Refuses a loss that cannot be called as one."""
+def check_functions(loss_fn: Any, train_step: Any) -> None:
+    """Refuses a loss or a train step that cannot be called as one, and both at once."""
     if loss_fn is not None and (isinstance(loss_fn, torch.Tensor) or not callable(loss_fn)):
         raise InputError(
             f"the loss is a {type(loss_fn).__name__}. Pass a function `loss_fn(model, batch)` or "
             "`loss_fn(model, batch, meta)` that returns a scalar tensor."
         )
+    if train_step is not None and not callable(train_step):
+        raise InputError(
+            f"the train step is a {type(train_step).__name__}. Pass a function `train_step(model, optimizer, batch)` "
+            "or `train_step(model, optimizer, batch, meta)` that returns the loss."
+        )
+    if loss_fn is not None and train_step is not None:
+        raise InputError("`loss_fn` and `train_step` exclude each other: a train step evaluates the loss itself.")
 
 
 def check_train_state(state: Any) -> None:

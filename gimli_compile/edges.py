@@ -7,17 +7,19 @@ has the derivative.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from gimli_compile.errors import CaptureError
 from gimli_compile.metadata import insert_call
-from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
+from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
-from gimli_compile.update_capture import ancestors, capture_update
-from gimli_compile.validation import perturbed, reproduces, validate
+from gimli_compile.update_capture import ancestors
+from gimli_compile.update_values import UpdateInputs
+from gimli_compile.validation import perturbed, reproduces
 from gimli_compile.variant import UpdateVariant, split_guards
 
 _BESIDE = 0.01
@@ -44,16 +46,21 @@ def _turns(variant: UpdateVariant, inputs: UpdateInputs, slot: Slot, sign: int) 
 
 
 def lift_edges(
-    view: OptimizerView, inputs: UpdateInputs, plain: UpdateVariant, paths: frozenset[str], title: str
+    view: OptimizerView,
+    inputs: UpdateInputs,
+    plain: UpdateVariant,
+    paths: frozenset[str],
+    capture: Callable[[UpdateInputs], UpdateVariant],
 ) -> UpdateVariant | None:
     """Returns the variant that values beside those of `paths` take, if it is the same function on the edge; else None.
 
-    `plain` is the variant captured on the edge. A number that the step ignores there but not beside it (a dampening
-    without momentum) gets no gradient and is pinned to its value: on the edge its derivative is zero.
+    `plain` is the variant captured on the edge, `capture` gives a validated one. A number that the step ignores there
+    but not beside it (a dampening without momentum) gets no gradient and is pinned to its value: on the edge its
+    derivative is zero.
     """
     moved = replace(inputs, hyper={p: _beside(v) if p in paths else v for p, v in inputs.hyper.items()})
     try:
-        variant = validate(view, moved, capture_update(view, moved, title))
+        variant = capture(moved)
     except CaptureError:
         return None
     variant = _without_guards_on(variant, paths)

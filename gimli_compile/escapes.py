@@ -7,6 +7,7 @@ modules see forms of the builtins that do. Everything is put back afterwards.
 from __future__ import annotations
 
 import builtins
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -226,6 +227,12 @@ def modules_of(classes: Iterable[type]) -> list[ModuleType]:
                 prefixes.add(".".join(parts[:2]) if parts[0] == "torch" else parts[0])
     named = [(name, module) for name, module in list(sys.modules.items()) if isinstance(module, ModuleType)]
     return [m for name, m in named if any(name == p or name.startswith(p + ".") for p in prefixes)]
+
+
+def modules_of_functions(functions: Iterable[Callable[..., Any]]) -> list[ModuleType]:
+    """Returns the modules in which functions were written."""
+    names = [getattr(inspect.unwrap(function), "__module__", None) for function in functions]
+    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 @contextmanager

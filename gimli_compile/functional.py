@@ -11,35 +11,41 @@ from torch import nn
 
 from gimli_compile.argument_checks import (
     check_constants,
+    check_functions,
     check_hyper,
-    check_loss_function,
     check_model,
     check_optimizer,
     check_optimizer_params,
     check_options,
+    check_plain,
     check_shapes,
     check_state,
-    check_step,
     check_tensors,
     check_train_state,
 )
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
+from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.programs import Programs
+from gimli_compile.protocol import choose_protocol, quadratic_loss
 from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
-from gimli_compile.slot import Slot
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
+from gimli_compile.step_capture import capture_step
+from gimli_compile.step_view import StepView
+from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
+from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
 from gimli_compile.unrolling import Loop, unroll_steps
 from gimli_compile.update_table import UpdateTable
+from gimli_compile.update_values import UpdateInputs
 
 LossFunction = Callable[..., torch.Tensor]
+TrainStep = Callable[..., Any]
 
 
 def functionalize(
@@ -47,6 +53,7 @@ def functionalize(
     optimizer: Any,
     loss_fn: LossFunction | None = None,
     *,
+    train_step: TrainStep | None = None,
     per_parameter: bool = False,
 ) -> Functional:
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
@@ -56,13 +63,18 @@ def functionalize(
         optimizer: any optimizer over the model's parameters, fresh or in the middle of training.
         loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
             as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
+            The default step evaluates it, runs the backward pass and lets the optimizer step; an optimizer whose `step`
+            wants a closure, or gradients with their graph, gets them.
+        train_step: the loop body that you have, in place of a loss: `train_step(model, optimizer, batch)` or
+            `train_step(model, optimizer, batch, meta)`. It calls `zero_grad`, `backward` and `step` as usual, clips,
+            accumulates, evaluates as often as it likes, and returns the loss (or a pytree of tensors).
         per_parameter: gives every parameter a group, and so hyperparameters, of its own.
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
         CaptureError: a step of the optimizer does not run.
     """
-    return Functional(model, optimizer, loss_fn, per_parameter=per_parameter)
+    return Functional(model, optimizer, loss_fn, train_step=train_step, per_parameter=per_parameter)
 
 
 class Functional:
@@ -73,22 +85,44 @@ class Functional:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, loss_fn: LossFunction | None, *, per_parameter: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loss_fn: LossFunction | None,
+        *,
+        train_step: TrainStep | None = None,
+        per_parameter: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
+        self.train_step = train_step
         check_optimizer(optimizer)
-        check_step(optimizer)
-        check_loss_function(loss_fn)
+        check_functions(loss_fn, train_step)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)
-        self._view = OptimizerView(optimizer, self._model_view.param_names, per_parameter=per_parameter)
+        names, modules = self._model_view.param_names, set(map(id, model.modules()))
+        self._view = OptimizerView(optimizer, names, per_parameter=per_parameter, opaque=modules)
         kind = type(optimizer)
+        self._title = f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
-        self._updates = UpdateTable(self._view, f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}")
+        self._protocol = choose_protocol(self._view, is_needed=train_step is None)
+        self._updates = UpdateTable(self._view, self._title)
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
+        self._stepper = self._make_stepper()
+
+    def _make_stepper(self) -> SplitStepper | WholeStepper:
+        if self.train_step is not None:
+            return self._whole(UserStep(self.train_step))
+        assert self._protocol is not None
+        if self._protocol.is_plain:
+            return SplitStepper(self._losses, self._updates, self._trained)
+        return self._whole(DefaultStep(self.loss_fn or _missing_loss, self._protocol))
+
+    def _whole(self, train_step: DefaultStep | UserStep) -> WholeStepper:
+        view = StepView(self._view, self._model_view, train_step)
+        return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step))
 
     # ------------------------------------------------------------------ values
 
@@ -114,10 +148,27 @@ class Functional:
 
     def _used_paths(self) -> set[str]:
         """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
-        outside = any(not leaf.path.startswith("groups.") for leaf in self._view.hyper_leaves())
-        if outside and not self._updates.variants:
-            self._updates.example(self.init(), self._hyper_values(None), self._trained)
-        return self._updates.used_hyperparameters()
+        every = {leaf.path for leaf in self._view.hyper_leaves()}
+        if all(path.startswith("groups.") for path in every):
+            return every
+        table = self._example_table()
+        return every if table is None else table.used_hyperparameters()
+
+    def _example_table(self) -> UpdateTable | None:
+        """Returns captured updates along made-up gradients, or along a made-up loss; None if there is no way."""
+        if self._protocol is None:
+            return None
+        if self._protocol.is_plain:
+            if not self._updates.variants:
+                self._updates.example(self.init(), self._hyper_values(None), self._trained)
+            return self._updates
+        state, hyper = self.init(), self._hyper_values(None)
+        evaluate = quadratic_loss(self.optimizer)
+        stepper = self._whole(DefaultStep(lambda *_: evaluate(), self._protocol))
+        with torch.random.fork_rng(), torch.no_grad():
+            for _ in range(2):
+                state, _ = stepper.step(StepInputs(state, None, hyper, None))
+        return stepper.table
 
     def _hyper_values(self, hyper: Hyperparameters | None) -> dict[str, torch.Tensor]:
         check_options(self._view)
@@ -162,22 +213,18 @@ class Functional:
         """
         check_tensors(params, self._model_view.live_params, "params")
         check_state(opt_state, self._view)
-        return self._update(params, grads, opt_state, self._hyper_values(hyper))
-
-    def _update(
-        self, params: Tensors, grads: Mapping[str, Any], opt_state: OptState, hyper: dict[str, torch.Tensor]
-    ) -> tuple[Tensors, OptState]:
-        return self._updates.run(UpdateInputs(params, grads, opt_state, hyper))
+        check_plain(self._protocol, type(self.optimizer).__name__)
+        return self._updates.run(UpdateInputs(params, grads, opt_state, self._hyper_values(hyper)))
 
     def step(
         self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
         self._check_step(state)
-        return self._step(state, batch, self._hyper_values(hyper), meta, order=2)
+        return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
 
     def _check_step(self, state: TrainState) -> None:
-        if self.loss_fn is None:
+        if self.loss_fn is None and self.train_step is None:
             raise InputError(
                 compose_message(
                     "`step` and `unroll` need a loss",
@@ -190,24 +237,6 @@ class Functional:
         check_tensors(state.params, self._model_view.live_params, "state.params")
         check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
         check_state(state.opt_state, self._view)
-
-    def _step(
-        self,
-        state: TrainState,
-        batch: Any,
-        hyper: dict[str, torch.Tensor],
-        meta: Any,
-        *,
-        order: int,
-        draws: dict[Slot, torch.Tensor] | None = None,
-        model_key: Any = None,
-    ) -> tuple[TrainState, torch.Tensor]:
-        draws = {} if draws is None else draws
-        loss, grads, buffers = self._losses.gradient(
-            state, batch, meta, self._trained, order=order, draws=draws, model_key=model_key
-        )
-        params, opt_state = self._updates.run(UpdateInputs(state.params, grads, state.opt_state, hyper, draws))
-        return TrainState(params, buffers, opt_state), loss
 
     def unroll(
         self,
@@ -253,9 +282,9 @@ class Functional:
             if not checked:  # later states are made here
                 self._check_step(now)
                 checked.append(True)
-            made = self._step(now, batch, hyper, meta, order=order, draws=draws, model_key=model_key)
+            made = self._stepper.step(StepInputs(now, batch, hyper, meta, order, draws, model_key))
             if checkpoint is not None:
-                check_constants(self._losses.constants())
+                check_constants(self._stepper.constants())
             return made
 
         return unroll_steps(
@@ -273,9 +302,10 @@ class Functional:
     @property
     def programs(self) -> Programs:
         """The captured programs by name, with all variants: "forward", "grad", "update", "step"."""
-        if not self._updates.variants:
-            self._updates.example(self.init(), self._hyper_values(None), self._trained)
-        return Programs(self._losses, self._updates)
+        whole = self._stepper.table if isinstance(self._stepper, WholeStepper) else None
+        if self._protocol is not None and self._protocol.is_plain:
+            self._example_table()
+        return Programs(self._losses, self._updates, whole)
 
     def update_rule(self, variant: int | None = None, parameter: str | None = None) -> UpdateRule:
         """Returns the update of one element of a parameter as formulas (sympy), read off the captured program.
@@ -283,6 +313,7 @@ class Functional:
         `variant` counts the variants of `programs["update"]` from 0, and is by default one that steps with state take;
         `parameter` is by default the first trained one.
         """
+        check_plain(self._protocol, type(self.optimizer).__name__)
         return derive_update_rule(self.programs["update"].variants, variant, parameter)
 
     def requirements(
@@ -299,6 +330,7 @@ class Functional:
         Returns:
             The verdicts, with the operators and source lines that cut gradients; print it to read it.
         """
+        check_plain(self._protocol, type(self.optimizer).__name__)
         values = self._hyper_values(hyper)
         start = self.init() if state is None else state
         captured = capture_for_requirements(self._losses, self._updates, start, values, self._trained, batch, meta)
@@ -307,7 +339,8 @@ class Functional:
 
     def report(self) -> list[Baked]:
         """Returns the numbers that are constants of the captured programs, each with the line that made it one."""
-        return [entry for variant in self._updates.variants for entry in variant.baked]
+        whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
+        return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
 
     def load_into(self, model: nn.Module, optimizer: Any, state: TrainState) -> None:
         """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure."""
@@ -320,3 +353,7 @@ class Functional:
 
     def __deepcopy__(self, memo: Any) -> Functional:
         return copy.copy(self)
+
+
+def _missing_loss(*_: Any) -> torch.Tensor:
+    raise InputError("There is no loss. Call `functionalize(model, optimizer, loss_fn)`.")

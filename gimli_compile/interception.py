@@ -56,7 +56,7 @@ class Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.startswith("_foreach_"):
             return _each(self, name.removeprefix("_foreach_"), args, kwargs)
-        if tree_any(lambda leaf: isinstance(leaf, Number), (args, kwargs)) or has_tensor_scale(name, args, kwargs):
+        if _has_numbers(args, kwargs) or has_tensor_scale(name, args, kwargs):
             return call_with_numbers(self, func, args, kwargs)
         return self.call(func, args, kwargs)
 
@@ -321,6 +321,23 @@ def _squared_error(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any
         return squares if reduction == "none" else getattr(squares, reduction)()
 
 
+def _normal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """`torch.normal(mean, std)` of tensors: a standard draw that is scaled and shifted, as torch itself does it."""
+    given = {**dict(zip(("mean", "std"), args[:2], strict=False)), **kwargs}
+    tensors = [value for value in (given.get("mean"), given.get("std")) if isinstance(value, Tensor)]
+    if not tensors or len(args) > 2 or given.get("out") is not None:
+        return call_with_numbers(mode, func, args, kwargs) if _has_numbers(args, kwargs) else func(*args, **kwargs)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    dtype = torch.result_type(tensors[0], tensors[-1])
+    with mode:
+        noise = torch.empty(shape, dtype=dtype, device=tensors[0].device).normal_(generator=given.get("generator"))
+        return noise * given.get("std", 1.0) + given["mean"]
+
+
+def _has_numbers(args: Any, kwargs: Any) -> bool:
+    return tree_any(lambda leaf: isinstance(leaf, Number), (args, kwargs))
+
+
 def _plain_only(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     return mode.call(func, tree_map(_pin, args), tree_map(_pin, kwargs))
 
@@ -359,6 +376,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.__setitem__: _set_item,
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,
+    torch.normal: _normal,
     torch.nn.functional.mse_loss: _squared_error,
     cast(Any, torch)._weight_norm: _weight_norm,
     torch.cdist: _cdist,

@@ -16,11 +16,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gimli_compile.custom_functions import custom_functions_recorded
-from gimli_compile.errors import BakedValueWarning, CaptureError, InputError, compose_message
+from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.model_view import ModelView, changed_attributes
-from gimli_compile.optimizer_view import as_leaf
 from gimli_compile.pipeline import LOSS_PASSES, lower
 from gimli_compile.program import Program
 from gimli_compile.provenance import user_source
@@ -28,6 +27,7 @@ from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
 from gimli_compile.transforms import is_everywhere
+from gimli_compile.tree_slots import Returned, tree_slots
 
 
 @dataclass(frozen=True)
@@ -47,54 +47,22 @@ class Forward:
     """A captured forward pass: the program and the structure of what it returns."""
 
     captured: Captured
-    structure: pytree.TreeSpec
-    fixed: tuple[Any, ...]
+    returned: Returned
 
     def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
         """Returns the model's output from the program's results."""
-        leaves = [
-            results[Slot(Role.OUTPUT, str(i))] if value is _TENSOR else value for i, value in enumerate(self.fixed)
-        ]
-        return pytree.tree_unflatten(leaves, self.structure)
+        return self.returned.assemble(results)
 
 
-_TENSOR = object()
-
-
-def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yields path and value of the leaves of a pytree, the path as `0.x`."""
-    pairs, _ = pytree.tree_flatten_with_path(tree)
-    for path, value in pairs:
-        yield ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path), value
-
-
-def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:
-    """Returns the tensors of a pytree by slot; numbers and flags are part of the program, anything else is refused."""
-    found = {}
-    for path, value in named_leaves(tree):
-        if isinstance(value, torch.Tensor):
-            found[Slot(role, path)] = value
-        elif not (value is None or isinstance(value, (bool, int, float, complex))):
-            raise InputError(
-                compose_message(
-                    f"{role.value}[{path}] is a {type(value).__name__}, not a tensor or a number",
-                    None,
-                    "A program takes tensors; other things cannot be its inputs.",
-                    "Turn it into a tensor before the step, for example an index for each label.",
-                )
-            )
-    return found
-
-
-def takes_meta(loss_fn: Callable[..., Any]) -> bool:
-    """Tells whether a loss takes a third argument, the meta-parameters."""
+def takes_meta(function: Callable[..., Any], places: int = 3) -> bool:
+    """Tells whether a loss takes a third argument, the meta-parameters; a train step takes them as its fourth."""
     try:
-        parameters = inspect.signature(loss_fn).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return True
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in parameters if p.kind in kinds]
-    return len(positional) >= 3 or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return len(positional) >= places or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
 class _Run:
@@ -105,25 +73,22 @@ class _Run:
         self.recorder = Recorder("loss")
         self.live = live = view.live_params
         self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
-        self.params = {name: self._add_param(name, params[name], live[name].requires_grad) for name in live}
+        self.params = {name: self._add_param(name, params[name]) for name in live}
         self.buffers = {
             name: self.add(Slot(Role.BUFFER, name), value, HOST if value.dim() == 0 else DATA)
             for name, value in buffers.items()
         }
 
-    def _add_param(self, name: str, value: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
-        traced = as_leaf(value, requires_grad=requires_grad)
+    def _add_param(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        traced = self.view.as_leaf(name, value)
         self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
-        for hook in (self.live[name]._backward_hooks or {}).values():
-            traced.register_hook(hook)
         return traced
 
     def after_accumulation(self, grads: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """Runs the hooks that the live parameters have for the moment when their gradient is there."""
         for name, grad in grads.items():
-            hooks = getattr(self.live[name], "_post_accumulate_grad_hooks", None) or {}
-            for hook in hooks.values():
-                traced = self.params[name]
+            traced = self.params[name]
+            for hook in (getattr(traced, "_post_accumulate_grad_hooks", None) or {}).values():
                 traced.grad = grad
                 with torch.no_grad():
                     hook(traced)
@@ -146,7 +111,7 @@ class _Run:
         """Runs the model with the traced tensors, everything recorded."""
         before, attributes = self.view.signature(), self.view.tensor_attributes()
         tensors = {**self.params, **self.buffers}
-        with self.view.substituted(tensors), _differentiable_forms(), torch.enable_grad():
+        with self.view.substituted(tensors), differentiable_forms(), torch.enable_grad():
             recorder = self.recorder
             modules = modules_of(type(module) for module in self.view.model.modules())
             with (
@@ -159,7 +124,7 @@ class _Run:
                 yield
             self.new_buffers = self.view.read_buffers()
             self._refuse_replaced(attributes)
-            _warn_of_changes(changed_attributes(before, self.view.signature()))
+            warn_of_changes(changed_attributes(before, self.view.signature()))
 
     def _refuse_replaced(self, before: dict[tuple[int, str], torch.Tensor]) -> None:
         """Refuses a model that reads a plain tensor attribute and puts another tensor in its place."""
@@ -198,7 +163,7 @@ class _Run:
 
 
 @contextmanager
-def _differentiable_forms() -> Iterator[None]:
+def differentiable_forms() -> Iterator[None]:
     """Runs with attention in its mathematical form and without cuDNN: those kernels have no second derivative.
 
     Distributions do not check their arguments: a check that raises is no part of a program.
@@ -213,7 +178,8 @@ def _differentiable_forms() -> Iterator[None]:
         distribution.set_default_validate_args(checks)
 
 
-def _warn_of_changes(names: Iterable[str]) -> None:
+def warn_of_changes(names: Iterable[str]) -> None:
+    """Warns of plain attributes that the model changes while it runs."""
     for name in names:
         warnings.warn(
             f"the model changes its attribute `{name}` while it runs. It is no tensor, so the program holds the value "
@@ -231,14 +197,9 @@ def capture_forward(
     traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
     with run.tracing():
         out = view.model(*traced_args, **traced_kwargs)
-    leaves, structure = pytree.tree_flatten(out)
-    fixed = tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    results = {
-        Slot(Role.OUTPUT, str(i)): run.recorder.node_of(leaf)
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, torch.Tensor)
-    }
-    return Forward(run.finish(title, "forward", {**results, **run.buffer_results()}), structure, fixed)
+    returned, tensors = Returned.of(out, Role.OUTPUT)
+    results = {slot: run.recorder.node_of(tensor) for slot, tensor in tensors.items()}
+    return Forward(run.finish(title, "forward", {**results, **run.buffer_results()}), returned)
 
 
 def capture_gradient(
@@ -260,7 +221,7 @@ def capture_gradient(
     trained = {name: run.params[name] for name in wanted}
     with run.tracing():
         loss = loss_fn(*arguments)
-        _check_loss(loss, loss_fn)
+        check_loss(loss, loss_fn)
         with run.recorder.in_region(Region.BACKWARD):
             grads = run.after_accumulation(_gradient(loss, trained, loss_fn))
     results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
@@ -288,7 +249,8 @@ def _gradient(
     return dict(zip(trained, grads, strict=True))
 
 
-def _check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
+def check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
+    """Refuses a loss that is not one finite number."""
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         kind = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}" if isinstance(loss, torch.Tensor) else loss
         raise CaptureError(

@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient, tree_slots
+from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
 from gimli_compile.model_view import ModelView
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.transforms import outside_transforms, representatives
-from gimli_compile.update_table import form
+from gimli_compile.tree_slots import form, tree_form, tree_slots
 
 
 class Gradient:
@@ -57,7 +56,7 @@ class LossTable:
 
     def forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> tuple[Any, Tensors]:
         """Returns the model's output and the new buffers."""
-        key = (self.view.signature(), _forms(params, buffers), _tree_form((args, kwargs)))
+        key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
         values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
         known = self.forwards.setdefault(key, [])
         draws: dict[Slot, torch.Tensor] = {}
@@ -91,7 +90,7 @@ class LossTable:
         model_key = self.view.signature() if model_key is None else model_key
         values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
         values.update(tree_slots(Role.META, meta))
-        key = (model_key, _forms(state.params, state.buffers), _tree_form((batch, meta)), tuple(trained))
+        key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
         known = self.gradients.setdefault(key, [])
         for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
             program = gradient.program(order)
@@ -139,13 +138,3 @@ def _new_buffers(buffers: Tensors, results: dict[Slot, torch.Tensor]) -> Tensors
 
 def _forms(params: Tensors, buffers: Tensors) -> Any:
     return tuple(map(form, params.values())), tuple(map(form, buffers.values()))
-
-
-def _tree_form(tree: Any) -> Any:
-    leaves, structure = pytree.tree_flatten(tree)
-    kept = tuple(form(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), _static(leaf)) for leaf in leaves)
-    return structure, kept
-
-
-def _static(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None))) else id(leaf)

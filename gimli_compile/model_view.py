@@ -38,6 +38,16 @@ class ModelView:
         """The live buffers by name."""
         return dict(self.model.named_buffers())
 
+    def as_leaf(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Returns a leaf with a copy of the value of a parameter, trained or frozen as the live one, with its hooks."""
+        live = self.live_params[name]
+        leaf = nn.Parameter(value.detach().clone(), live.requires_grad)
+        for hook in (live._backward_hooks or {}).values():
+            leaf.register_hook(hook)
+        for hook in (getattr(live, "_post_accumulate_grad_hooks", None) or {}).values():
+            leaf.register_post_accumulate_grad_hook(hook)
+        return leaf
+
     def signature(self) -> tuple[Any, ...]:
         """Returns what a captured program of this model depends on besides tensors: training flags and options."""
         return tuple(

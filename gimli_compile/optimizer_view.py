@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.provenance import user_source
-from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import (
     GROUPS,
     Leaf,
@@ -23,79 +21,57 @@ from gimli_compile.snapshot import (
     is_number,
     leaves_of,
     owners_of,
+    parts_by_parameter,
 )
 from gimli_compile.state import OptState, Tensors, to_tensor
+from gimli_compile.update_values import UpdateInputs, UpdateOutputs
 
 _IMPLEMENTATION_FLAGS = ("fused", "differentiable")
-
-
-@dataclass(frozen=True)
-class UpdateInputs:
-    """What one update starts from. `hyper` is by path; a gradient may be None; `draws` are made unless given."""
-
-    params: Tensors
-    grads: Mapping[str, torch.Tensor | None]
-    opt_state: OptState
-    hyper: Mapping[str, torch.Tensor]
-    draws: dict[Slot, torch.Tensor] = field(default_factory=dict)
-
-    def by_slot(self) -> dict[Slot, torch.Tensor]:
-        """Returns the values by slot."""
-        found = {Slot(Role.PARAM, name): value for name, value in self.params.items()}
-        found.update({Slot(Role.GRAD, name): grad for name, grad in self.grads.items() if grad is not None})
-        found.update({Slot(Role.STATE, path): value for path, value in self.opt_state.items()})
-        found.update({Slot(Role.HYPER, path): value for path, value in self.hyper.items()})
-        return found
-
-    def value_of(self, leaf: Leaf) -> torch.Tensor:
-        """Returns the value for a leaf: state comes before hyperparameters."""
-        value = self.opt_state.values_by_path.get(leaf.path)
-        return self.hyper[leaf.path] if value is None else value
-
-    def role_of(self, leaf: Leaf) -> Role:
-        """Tells whether a leaf's value is state or a hyperparameter."""
-        return Role.STATE if leaf.path in self.opt_state.values_by_path else Role.HYPER
-
-
-@dataclass(frozen=True)
-class UpdateOutputs:
-    """What one update ends with: parameters by name, the structure, and the values by path."""
-
-    params: dict[str, torch.Tensor]
-    skeleton: Skeleton
-    values: dict[str, Value]
 
 
 class OptimizerView:
     """The live optimizer, read and run without being changed. Parameters are known by their names in the model."""
 
-    def __init__(self, optimizer: Any, names: Mapping[int, str], *, per_parameter: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        names: Mapping[int, str],
+        *,
+        per_parameter: bool = False,
+        opaque: Collection[int] = (),
+    ) -> None:
         self.optimizer = optimizer
         self.names = names
         self.per_parameter = per_parameter
+        self.opaque = opaque
         self.skeleton, self.values = self.read()
         self.options = self.read_options()
-        self.changing = self._observe()
+        self.changing: set[str] = set()
 
     # ------------------------------------------------------------------ reading
 
     def read(self) -> tuple[Skeleton, dict[str, Value]]:
         """Returns the present structure and values of the live optimizer."""
         with self._split_groups():
-            return freeze(self.optimizer, self.names)
+            return freeze(self.optimizer, self.names, self.opaque)
 
     @contextmanager
     def _split_groups(self) -> Iterator[None]:
-        """Shows every parameter as a group of its own, if that was asked for."""
+        """Shows every parameter as a group of its own, if that was asked for, to all who hold the groups."""
         if not self.per_parameter:
             yield
             return
         groups = self.optimizer.param_groups
-        self.optimizer.param_groups = [{**group, "params": [p]} for group in groups for p in group["params"]]
+        split = {id(group): [{**group, "params": [p]} for p in group["params"]] for group in groups}
+        owners = owners_of(freeze(self.optimizer, self.names, self.opaque)[0])
+        before = [(owner, vars(owner)[GROUPS]) for owner in owners if isinstance(vars(owner).get(GROUPS), list)]
+        for owner, held in before:
+            vars(owner)[GROUPS] = [part for group in held for part in split.get(id(group), [group])]
         try:
             yield
         finally:
-            self.optimizer.param_groups = groups
+            for owner, held in before:
+                vars(owner)[GROUPS] = held
 
     def read_options(self) -> tuple[Any, ...]:
         """Returns what is neither number nor tensor in the parameter groups: the options a program was made for."""
@@ -117,12 +93,11 @@ class OptimizerView:
         return leaf.path.startswith("groups.") and isinstance(value, torch.Tensor) and value.is_floating_point()
 
     def _state_paths(self) -> set[str]:
+        """Returns the paths below `state`, and of all that is kept for a parameter."""
         if not hasattr(self, "_paths_in_state"):
-            found = {key: part for key, part in self.skeleton.root.items}
-            state = found.get("state")
-            self._paths_in_state = (
-                {leaf.path for leaf in leaves_of(Skeleton(state, ()))} if state is not None else set()
-            )
+            state = [part for key, part in self.skeleton.root.items if key == "state"]
+            kept = [part for part in state + parts_by_parameter(self.skeleton)]
+            self._paths_in_state = {leaf.path for part in kept for leaf in leaves_of(Skeleton(part, ()))}
         return self._paths_in_state
 
     def hyper_leaves(self) -> list[Leaf]:
@@ -153,22 +128,21 @@ class OptimizerView:
 
     # ------------------------------------------------------------------ running
 
-    def _observe(self) -> set[str]:
-        """Runs steps on copies with made-up gradients and returns the paths of the numbers that change."""
+    def observe(self, execute: Callable[[], Any], grads: Mapping[str, torch.Tensor | None]) -> UpdateOutputs:
+        """Runs three steps on copies, and takes the numbers that change for state. Returns what the last one left."""
         live = {name: p for p, name in self.live_params()}
-        generator = torch.Generator().manual_seed(0)
-        grads = {name: made_up_gradient(p, generator) for name, p in live.items() if p.requires_grad}
         changing: set[str] = set()
         skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
         params = {name: p.detach().clone() for name, p in live.items()}
+        after = UpdateOutputs(params, skeleton, values)
         with torch.random.fork_rng(devices=[]):
             for _ in range(3):
-                after = self.run(skeleton, params, grads, values, self.step)
+                after = self.run(after.skeleton, after.params, grads, after.values, execute)
                 changing |= {
                     p for p, value in after.values.items() if p in self.values and _differs(value, self.values[p])
                 }
-                skeleton, values, params = after.skeleton, after.values, after.params
-        return changing
+        self.changing = changing
+        return after
 
     def live_params(self) -> Iterator[tuple[torch.Tensor, str]]:
         """Yields the live parameters of the optimizer with their names."""
@@ -201,15 +175,15 @@ class OptimizerView:
         names = {id(leaf): name for name, leaf in leaves.items()}
         held = {name: grads.get(name) for name in leaves}
         with installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__), grads_set(leaves, held):
-            flags = _clear_flags(self.optimizer)
-            self._execute(execute)
-            _restore_flags(self.optimizer, flags)
-            after, found = freeze(self.optimizer, names)
+            with flags_cleared(self.optimizer):
+                self.execute(execute)
+            after, found = freeze(self.optimizer, names, self.opaque)
         return UpdateOutputs(leaves, after, found)
 
-    def _execute(self, execute: Callable[[], None]) -> None:
+    def execute(self, execute: Callable[[], Any]) -> Any:
+        """Runs the user's code; what it raises is a CaptureError with its line."""
         try:
-            execute()
+            return execute()
         except (CaptureError, InputError):
             raise
         except Exception as error:
@@ -225,10 +199,8 @@ class OptimizerView:
 
     def replay(self, inputs: UpdateInputs) -> UpdateOutputs:
         """Runs the optimizer's own code, not captured, from plain values."""
-        leaves = {leaf.path: leaf for leaf in leaves_of(inputs.opt_state.skeleton)}
-        values = {path: plain_value(inputs.value_of(leaf), leaf.kind) for path, leaf in leaves.items()}
         grads = {name: None if g is None else g.detach().clone() for name, g in inputs.grads.items()}
-        return self.run(inputs.opt_state.skeleton, inputs.params, grads, values, self.step)
+        return self.run(inputs.opt_state.skeleton, inputs.params, grads, plain_values(inputs), self.step)
 
 
 def made_up_gradient(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -240,6 +212,12 @@ def made_up_gradient(value: torch.Tensor, generator: torch.Generator) -> torch.T
 def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:
     """Returns a parameter with a copy of the value."""
     return torch.nn.Parameter(value.detach().clone(), requires_grad)
+
+
+def plain_values(inputs: UpdateInputs) -> dict[str, Any]:
+    """Returns all values of an update's optimizer as its own code has them, by path."""
+    leaves = leaves_of(inputs.opt_state.skeleton)
+    return {leaf.path: plain_value(inputs.value_of(leaf), leaf.kind) for leaf in leaves}
 
 
 def plain_value(value: torch.Tensor, kind: str) -> Any:
@@ -284,7 +262,8 @@ def _differs(after: Value, before: Value) -> bool:
     return after != before and not (after != after and before != before)
 
 
-def _clear_flags(optimizer: Any) -> list[tuple[dict[str, Any], str]]:
+@contextmanager
+def flags_cleared(optimizer: Any) -> Iterator[None]:
     """Turns off flags of torch.optim that choose an implementation of the same mathematics without derivatives."""
     cleared = []
     for options in (*getattr(optimizer, GROUPS, ()), getattr(optimizer, "defaults", {})):
@@ -292,10 +271,7 @@ def _clear_flags(optimizer: Any) -> list[tuple[dict[str, Any], str]]:
             if options.get(flag) is True:
                 options[flag] = False
                 cleared.append((options, flag))
-    return cleared
-
-
-def _restore_flags(optimizer: Any, cleared: list[tuple[dict[str, Any], str]]) -> None:
+    yield
     for options, flag in cleared:
         options[flag] = True
 

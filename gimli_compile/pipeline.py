@@ -35,6 +35,18 @@ UPDATE_PASSES: tuple[Pass, ...] = (
     eliminate_dead_code,
 )
 
+STEP_PASSES: tuple[Pass, ...] = (
+    functionalize,
+    reconnect_gradients,
+    relax_views,
+    use_real_signs,
+    write_out_normalization,
+    eliminate_dead_code,
+    guard_zeros,
+    merge_common_subexpressions,
+    eliminate_dead_code,
+)
+
 
 def first_order(program: Program) -> Program:
     """Returns the form of a program whose inner gradients are constants."""

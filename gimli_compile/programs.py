@@ -66,8 +66,8 @@ class Family:
 class Programs(Mapping[str, Family]):
     """The programs by name: "forward", "grad", "update" and "step", as far as they were captured."""
 
-    def __init__(self, losses: LossTable, updates: UpdateTable) -> None:
-        self._families = dict(_families(losses, updates))
+    def __init__(self, losses: LossTable, updates: UpdateTable, whole: UpdateTable | None = None) -> None:
+        self._families = dict(_families(losses, updates, whole))
 
     def __getitem__(self, name: str) -> Family:
         if name not in self._families and name in ("forward", "grad", "step"):
@@ -83,15 +83,19 @@ class Programs(Mapping[str, Family]):
         return len(self._families)
 
 
-def _families(losses: LossTable, updates: UpdateTable) -> Iterator[tuple[str, Family]]:
+def _families(losses: LossTable, updates: UpdateTable, whole: UpdateTable | None) -> Iterator[tuple[str, Family]]:
     if losses.forwards:
         captured = [forward.captured for group in losses.forwards.values() for forward in group]
         yield "forward", Family("forward", tuple((one.program, ()) for one in captured))
     if losses.gradients:
         yield "grad", Family("grad", tuple((gradient.exact, ()) for gradient in losses.all_gradients))
     variants = tuple((variant.program, variant.guards) for variant in updates.variants)
-    yield "update", Family("update", variants)
-    if losses.gradients:
+    if variants:
+        yield "update", Family("update", variants)
+    if whole is not None:
+        if whole.variants:
+            yield "step", Family("step", tuple((variant.program, variant.guards) for variant in whole.variants))
+    elif losses.gradients:
         gradient = losses.all_gradients[-1].exact
         fitting = tuple(
             (compose(gradient, program), guards) for program, guards in variants if _fits(gradient, program)

@@ -99,6 +99,7 @@ class Recorder(TorchDispatchMode):
         self._last_line: SourceLine | None = None
         self._last_input: fx.Node | None = None
         self._paused = False
+        self._grad_at_entry = True
 
     # ------------------------------------------------------------------ inputs
 
@@ -156,12 +157,15 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def in_region(self, region: Region) -> Iterator[None]:
-        """Says whose code runs inside."""
+        """Says whose code runs inside; a model that is called without gradients stops none of its own accord."""
         before, self.region = self.region, region
+        enabled = self._grad_at_entry
+        if before is not region:
+            self._grad_at_entry = torch.is_grad_enabled()
         try:
             yield
         finally:
-            self.region = before
+            self.region, self._grad_at_entry = before, enabled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and records it."""
@@ -246,10 +250,16 @@ class Recorder(TorchDispatchMode):
         return source
 
     def _stops_gradient(self) -> bool:
-        return self.region is Region.LOSS and not torch.is_grad_enabled()
+        return self.region is Region.LOSS and self._grad_at_entry and not torch.is_grad_enabled()
+
+    def mark_gradient(self, tensor: torch.Tensor) -> None:
+        """Says that the call that made this tensor ends an inner backward pass."""
+        self._nodes[tensor].meta["inner_gradient"] = True
 
     def mark_stop(self, tensor: torch.Tensor) -> None:
         """Says that the user's code stops the gradient at this tensor."""
+        if not self._grad_at_entry:
+            return
         node = self._nodes.get(tensor)
         last = next(iter(reversed(self.graph.nodes)), None)
         if last is not None and last.target is aten.detach_.default:

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from gimli_compile.loss_capture import tree_slots
 from gimli_compile.loss_table import LossTable
-from gimli_compile.optimizer_view import UpdateInputs, made_up_gradient
+from gimli_compile.optimizer_view import made_up_gradient
 from gimli_compile.program import Program
 from gimli_compile.requirements import Captured
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.transforms import is_zero
-from gimli_compile.update_table import UpdateTable, assemble, form
+from gimli_compile.tree_slots import form, tree_slots
+from gimli_compile.update_table import UpdateTable, assemble
+from gimli_compile.update_values import UpdateInputs
 from gimli_compile.variant import UpdateVariant
 
 _STEPS = 2

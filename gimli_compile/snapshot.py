@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -59,10 +59,14 @@ class Again:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A structure without its values. Two skeletons are equal when every part but the values is."""
+    """A structure without its values. Two skeletons are equal when every part but the values is.
+
+    `groups` are the parts that are parameter groups, wherever in the structure they are held.
+    """
 
     root: Any
     key: tuple[Any, ...]
+    groups: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Skeleton) and self.key == other.key
@@ -71,11 +75,15 @@ class Skeleton:
         return hash(self.key)
 
 
-def freeze(root: Any, names: Mapping[int, str]) -> tuple[Skeleton, dict[str, Value]]:
-    """Returns the skeleton of an object and its values by path; `names` maps the id of a parameter to its name."""
-    walk = _Walk(names)
+def freeze(root: Any, names: Mapping[int, str], opaque: Collection[int] = ()) -> tuple[Skeleton, dict[str, Value]]:
+    """Returns the skeleton of an object and its values by path.
+
+    `names` maps the id of a parameter to its name, `opaque` are the ids of objects that are taken as they are.
+    """
+    walk = _Walk(names, getattr(root, GROUPS, ()), opaque)
     part = walk.visit(root, ())
-    return Skeleton(part, tuple(walk.key)), walk.values
+    groups = tuple(walk.groups[index] for index in sorted(walk.groups))
+    return Skeleton(part, tuple(walk.key), groups), walk.values
 
 
 def is_number(value: Any) -> bool:
@@ -86,8 +94,11 @@ def is_number(value: Any) -> bool:
 
 
 class _Walk:
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], groups: Sequence[Any], opaque: Collection[int]) -> None:
         self.names = names
+        self.opaque = opaque
+        self.groups: dict[int, Container] = {}
+        self._group_index = {id(group): index for index, group in enumerate(groups)}
         self.values: dict[str, Value] = {}
         self.key: list[Any] = []
         self._seen: dict[int, Any] = {}
@@ -99,19 +110,24 @@ class _Walk:
             return self._visit_tensor(value, path)
         if is_number(value):
             return self._leaf(value, path, "int" if isinstance(value, (int, np.integer)) else "float")
-        make, items, owner = _open(value)
+        make, items, owner = (None, [], None) if id(value) in self.opaque else _open(value)
         if make is None:
             self.key.append(_static_key(value))
             return value
         if id(value) in self._seen and not isinstance(value, tuple):
             self.key.append(("again", self._seen[id(value)]))
             return Again(self._seen[id(value)])
+        group = self._group_index.get(id(value))
+        path = path if group is None else (GROUPS, str(group))
         index = self._seen[id(value)] = self._count
         self._count += 1
         self._keep.append(value)
         self.key.append((type(value).__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
         parts = tuple((self._visit_key(key), self.visit(item, (*path, self._step(key)))) for key, item in items)
-        return Container(index, make, parts, owner, isinstance(value, tuple))
+        part = Container(index, make, parts, owner, isinstance(value, tuple))
+        if group is not None:
+            self.groups[group] = part
+        return part
 
     def _visit_tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
         name = self.names.get(id(value))
@@ -300,6 +316,21 @@ def leaves_of(skeleton: Skeleton) -> list[Leaf]:
 
     visit(skeleton.root)
     return list(found.values())
+
+
+def parts_by_parameter(skeleton: Skeleton) -> list[Any]:
+    """Returns the parts that dicts hold under a parameter as the key: what is kept for that parameter."""
+    found: list[Any] = []
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Container):
+            for key, item in part.items:
+                if isinstance(key, ParamRef):
+                    found.append(item)
+                visit(item)
+
+    visit(skeleton.root)
+    return found
 
 
 def owners_of(skeleton: Skeleton) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.snapshot import GROUPS, Again, Container, Leaf, Skeleton, Value
+from gimli_compile.snapshot import Again, Container, Leaf, Skeleton, Value
 
 Tensors = dict[str, torch.Tensor]
 
@@ -110,7 +110,6 @@ def hyper_tensor(value: Value) -> torch.Tensor:
 def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths: set[str]) -> Hyperparameters:
     """Builds the pytree of the hyperparameters at `paths` from the skeleton of an optimizer."""
     containers: dict[int, Container] = {}
-    groups = _child(skeleton.root, GROUPS)
 
     def convert(part: Any) -> Any:
         if isinstance(part, Leaf):
@@ -125,15 +124,11 @@ def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths
         return part.make([(key, convert(item)) for key, item in part.items])
 
     made = []
-    for _, group in groups.items if groups is not None else ():
+    for group in skeleton.groups:
         entries = {key: convert(item) for key, item in group.items if key != "params" and _holds(item, paths)}
         made.append(entries)
     attributes = {path: hyper_tensor(values[path]) for path in sorted(paths) if not path.startswith("groups.")}
     return Hyperparameters(made, attributes)
-
-
-def _child(root: Any, name: str) -> Container | None:
-    return next((item for key, item in root.items if key == name), None)
 
 
 def _holds(part: Any, paths: set[str]) -> bool:

@@ -7,44 +7,54 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
-from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, UpdateOutputs, as_leaf, plain_value
+from gimli_compile.optimizer_view import OptimizerView, as_leaf, plain_value
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
-from gimli_compile.program import Program
+from gimli_compile.program import Pass, Program
 from gimli_compile.recording import DATA, HOST, Recorder
-from gimli_compile.slot import Role, Slot
+from gimli_compile.slot import CARRIED, Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
+from gimli_compile.tree_slots import Returned
+from gimli_compile.update_values import UpdateInputs, UpdateOutputs
 from gimli_compile.variant import Condition, UpdateVariant, split_guards
 
 
 def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> UpdateVariant:
     """Runs the optimizer's step once, from copies of `inputs`, and returns what it did as a program."""
-    recorder = Recorder("update")
-    tracing = _Tracing(view, inputs, recorder)
+    return capture(UpdateTracing(view, inputs, Recorder("update")), UPDATE_PASSES, title)
+
+
+def capture(tracing: UpdateTracing, passes: tuple[Pass, ...], title: str) -> UpdateVariant:
+    """Runs what is traced, and lowers its program."""
     with torch.backends.cudnn.flags(enabled=False):
         outputs = tracing.run()
     raw, conditions = tracing.program(outputs, title)
-    program = lower(raw, UPDATE_PASSES)
-    return _finish(program, conditions, outputs, recorder, inputs)
+    return _finish(lower(raw, passes), conditions, outputs, tracing)
 
 
-class _Tracing:
+class UpdateTracing:
+    """One step of an optimizer, run on copies of tensors that are the inputs of a program."""
+
+    returned: Returned | None = None
+
     def __init__(self, view: OptimizerView, inputs: UpdateInputs, recorder: Recorder) -> None:
         self.view = view
         self.inputs = inputs
         self.recorder = recorder
         self.first: dict[int, tuple[Slot, torch.Tensor]] = {}
-        self.params: dict[str, torch.nn.Parameter] = {}
+        self.params: dict[str, torch.Tensor] = {}
         self.grads: dict[str, torch.Tensor | None] = {}
         self.values: dict[str, Any] = {}
 
     def run(self) -> UpdateOutputs:
+        """Runs the step, recorded."""
         skeleton = self.inputs.opt_state.skeleton
         with self.recorder, torch.no_grad():
             self._announce()
@@ -69,6 +79,9 @@ class _Tracing:
         for name in requires:
             grad = self.inputs.grads.get(name)
             self.grads[name] = None if grad is None else self._add(Slot(Role.GRAD, name), grad, DATA)
+        self._announce_state()
+
+    def _announce_state(self) -> None:
         for leaf in leaves_of(self.inputs.opt_state.skeleton):
             self.values[leaf.path] = self._add_leaf(leaf)
 
@@ -95,14 +108,10 @@ class _Tracing:
     # ------------------------------------------------------------------ results
 
     def program(self, outputs: UpdateOutputs, title: str) -> tuple[Program, list[tuple[Slot, bool]]]:
+        """Returns what was recorded, and the guards with their outcomes."""
         recorder = self.recorder
-        results: dict[Slot, fx.Node] = {}
         with recorder, torch.no_grad():
-            for name, leaf in outputs.params.items():
-                results[Slot(Role.PARAM, name)] = recorder.node_of(leaf)
-            for leaf in leaves_of(outputs.skeleton):
-                if not self._is_untouched(leaf, outputs.values[leaf.path]):
-                    results[Slot(Role.STATE, leaf.path)] = self._result_node(leaf, outputs.values[leaf.path])
+            results = self.results(outputs)
         conditions = []
         for guard in recorder.guards:
             slot = Slot(Role.GUARD, str(len(conditions)))
@@ -111,9 +120,17 @@ class _Tracing:
         recorder.graph.output(tuple(results.values()))
         inputs = tuple(recorder.inputs)
         program = Program(
-            title, "update", recorder.graph, inputs, tuple(results), dict(recorder.constants), dict(recorder.draws)
+            title, recorder.name, recorder.graph, inputs, tuple(results), dict(recorder.constants), dict(recorder.draws)
         )
         return program, conditions
+
+    def results(self, outputs: UpdateOutputs) -> dict[Slot, fx.Node]:
+        """Returns the nodes of the results by slot."""
+        results = {Slot(Role.PARAM, name): self.recorder.node_of(leaf) for name, leaf in outputs.params.items()}
+        for leaf in leaves_of(outputs.skeleton):
+            if not self._is_untouched(leaf, outputs.values[leaf.path]):
+                results[Slot(Role.STATE, leaf.path)] = self._result_node(leaf, outputs.values[leaf.path])
+        return results
 
     def _is_untouched(self, leaf: Leaf, value: Any) -> bool:
         """Tells whether a hyperparameter is what it was, so that it is no result."""
@@ -136,12 +153,22 @@ class _Tracing:
         return self.recorder.node_of(tensor)
 
 
+def returned_tensors(returned: Any) -> tuple[Returned, dict[Slot, torch.Tensor]]:
+    """Returns the structure of what a train step returned, and its tensors by slot; floats become tensors."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, Number):
+            return leaf.tensor
+        return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
+
+    return Returned.of(pytree.tree_map(convert, returned), Role.LOSS)
+
+
 def _finish(
     program: Program,
     conditions: list[tuple[Slot, bool]],
     outputs: UpdateOutputs,
-    recorder: Recorder,
-    inputs: UpdateInputs,
+    tracing: UpdateTracing,
 ) -> UpdateVariant:
     before: dict[Any, Condition] = {}
     after: dict[Any, Condition] = {}
@@ -156,14 +183,18 @@ def _finish(
             drop.add(slot)
             continue
         found[node, outcome] = Condition(slot, outcome, expression(node))
-    kept = [
-        index for index, slot in enumerate(program.results) if slot not in drop and not _is_same_hyper(program, slot)
-    ]
+    kept = [index for index, slot in enumerate(program.results) if slot not in drop and not _is_same(program, slot)]
     main, decide = split_guards(restrict_results(program, kept), list(before.values()))
     main = _titled(drop_unused_inputs(main, roles=(Role.HYPER,)))
-    pins = _pins(main, decide, inputs)
     return UpdateVariant(
-        main, outputs.skeleton, tuple(before.values()), tuple(after.values()), decide, pins, baked=tuple(recorder.baked)
+        main,
+        outputs.skeleton,
+        tuple(before.values()),
+        tuple(after.values()),
+        decide,
+        _pins(main, decide, tracing.inputs),
+        baked=tuple(tracing.recorder.baked),
+        returned=tracing.returned,
     )
 
 
@@ -173,10 +204,15 @@ def _titled(program: Program) -> Program:
     return replace(program, title=f"{program.title}: {text}")
 
 
-def _is_same_hyper(program: Program, slot: Slot) -> bool:
-    """Tells whether a result is a hyperparameter tensor that the step left as it was."""
-    node = program.result_of(slot) if slot.role is Role.STATE else None
-    return node is not None and node.op == "placeholder" and Slot(Role.HYPER, slot.path) in program.inputs
+def _is_same(program: Program, slot: Slot) -> bool:
+    """Tells whether a result is a hyperparameter, or a tensor of a frozen part of the model, that stayed as it was."""
+    node = program.result_of(slot) if slot.role in CARRIED else None
+    if node is None or node.op != "placeholder":
+        return False
+    given = program.inputs[program.placeholders.index(node)]
+    if slot.role is Role.STATE:
+        return given == Slot(Role.HYPER, slot.path)
+    return given == slot and program.name == "step"
 
 
 def _is_data(node: fx.Node, slot: Slot) -> bool:

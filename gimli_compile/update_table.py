@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,22 +10,27 @@ import torch
 
 from gimli_compile.edges import edges_of, lift_edges
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, made_up_gradient
+from gimli_compile.optimizer_view import OptimizerView, made_up_gradient
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
 from gimli_compile.transforms import is_differentiated, outside_transforms, representatives
+from gimli_compile.tree_slots import form, tree_form
 from gimli_compile.update_capture import capture_update
+from gimli_compile.update_values import StepData, UpdateInputs
 from gimli_compile.validation import validate, warn_of_baked
 from gimli_compile.variant import UpdateVariant
+
+Capture = Callable[[Any, UpdateInputs, str], UpdateVariant]
 
 
 class UpdateTable:
     """Runs updates; captures a variant where none holds."""
 
-    def __init__(self, view: OptimizerView, title: str) -> None:
+    def __init__(self, view: OptimizerView, title: str, capture: Capture = capture_update) -> None:
         self.view = view
         self.title = title
+        self._capture_once = capture
         self._variants: dict[Any, list[UpdateVariant]] = {}
 
     @property
@@ -57,12 +62,13 @@ class UpdateTable:
         variant, results = self.run_variant(inputs)
         return assemble(inputs, variant, results)
 
-    def run_variant(self, inputs: UpdateInputs) -> tuple[UpdateVariant, dict[Slot, torch.Tensor]]:
-        """Returns the variant that fits the inputs, and its results."""
+    def run_variant(self, inputs: UpdateInputs, *, order: int = 2) -> tuple[UpdateVariant, dict[Slot, torch.Tensor]]:
+        """Returns the variant that fits the inputs, and its results; `order` 1 takes inner gradients as constants."""
         values = inputs.by_slot()
         watched = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value))
         for variant in self._candidates(inputs, values, watched):
-            results = variant.program({**values, **variant.program.draw(inputs.draws)})
+            program = variant.program if order == 2 else variant.first_order
+            results = program({**values, **program.draw(inputs.draws)})
             if variant.held(results):
                 return variant, results
         raise CaptureError(
@@ -88,15 +94,18 @@ class UpdateTable:
         warn_of_baked(captured.baked)
         yield captured
 
+    def _captured(self, inputs: UpdateInputs) -> UpdateVariant:
+        return validate(self.view, inputs, self._capture_once(self.view, inputs, self.title))
+
     def _capture(self, inputs: UpdateInputs, watched: frozenset[str]) -> UpdateVariant:
         _refuse_non_finite(inputs)
         with outside_transforms():
-            variant = validate(self.view, inputs, capture_update(self.view, inputs, self.title))
+            variant = self._captured(inputs)
             edges = edges_of(variant, inputs)
             wanted = edges & watched
             if not wanted:
                 return replace(variant, edges=edges)
-            lifted = lift_edges(self.view, inputs, variant, wanted, self.title)
+            lifted = lift_edges(self.view, inputs, variant, wanted, self._captured)
             if lifted is not None:
                 return replace(lifted, edges=edges, relaxed=wanted)
             lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted))
@@ -142,10 +151,15 @@ def assemble(
 
 def representatives_of(inputs: UpdateInputs) -> UpdateInputs:
     """Returns plain tensors in place of those that torch.func wrapped."""
-    params, grads, state, hyper = representatives(
-        (dict(inputs.params), dict(inputs.grads), dict(inputs.opt_state), dict(inputs.hyper))
+    data = inputs.data
+    given = None if data is None else (data.buffers, data.batch, data.meta)
+    params, grads, state, hyper, given = representatives(
+        (dict(inputs.params), dict(inputs.grads), dict(inputs.opt_state), dict(inputs.hyper), given)
     )
-    return UpdateInputs(params, grads, OptState(inputs.opt_state.skeleton, state), hyper)
+    if data is not None:
+        buffers, batch, meta = given
+        data = StepData(buffers, batch, meta, data.form)
+    return UpdateInputs(params, grads, OptState(inputs.opt_state.skeleton, state), hyper, data=data)
 
 
 def signature(inputs: UpdateInputs) -> Any:
@@ -160,12 +174,12 @@ def signature(inputs: UpdateInputs) -> Any:
         partition([*inputs.grads.values()]),
         partition([*state.values()]),
         partition([*hyper.values()]),
+        None if inputs.data is None else _data_form(inputs.data),
     )
 
 
-def form(value: torch.Tensor) -> Any:
-    """Returns shape, dtype and device."""
-    return value.shape, value.dtype, value.device
+def _data_form(data: StepData) -> Any:
+    return data.form, tuple(map(form, data.buffers.values())), tree_form((data.batch, data.meta))
 
 
 def partition(values: list[Any]) -> tuple[int, ...]:

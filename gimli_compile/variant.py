@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
+from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import Skeleton
 from gimli_compile.transforms import is_everywhere
+from gimli_compile.tree_slots import Returned
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class UpdateVariant:
     conditions on tensor values, which the program itself computes and which are checked after the step. `pins` are
     numbers that the program holds as constants. `edges` are hyperparameters whose captured value lies on the edge of a
     condition, so that values beside it take another branch; of those, the program has the derivatives in `relaxed`.
+    `returned` is the structure of what a whole train step returns.
     """
 
     program: Program
@@ -46,6 +50,12 @@ class UpdateVariant:
     edges: frozenset[str] = frozenset()
     relaxed: frozenset[str] = frozenset()
     baked: tuple[Baked, ...] = ()
+    returned: Returned | None = None
+
+    @cached_property
+    def first_order(self) -> Program:
+        """The program in which the inner gradients are constants."""
+        return first_order(self.program)
 
     def holds(self, values: Mapping[Slot, torch.Tensor], watched: frozenset[str] = frozenset()) -> bool:
         """Tells, before the step, whether this variant is right for these values.

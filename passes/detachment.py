@@ -25,7 +25,9 @@ def reconnect_gradients(program: Program) -> Program:
     """
     copied = program.copy()
     for node in list(copied.graph.nodes):
-        if _is_identity(node):
+        if node.meta.get("inner_gradient"):
+            node.target = aten.alias.default  # stays: it marks what a first-order program cuts
+        elif _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             copied.graph.erase_node(node)
     return copied

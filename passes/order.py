@@ -16,8 +16,14 @@ def stop_inner_gradients(program: Program) -> Program:
 
     return (loss, grad)     becomes     detach = aten.detach.default(grad)
                                         return (loss, detach)
+
+    A whole train step has them inside, where they are marked (`meta["inner_gradient"]`).
     """
     copied = program.copy()
+    for node in copied.graph.nodes:
+        if node.meta.get("inner_gradient"):
+            node.target = aten.detach.default
+            node.meta.update(stop=True, inner_gradient=False)
     output = copied.output
     returned = list(copied.returned)
     with copied.graph.inserting_before(output):

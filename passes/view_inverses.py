@@ -17,6 +17,10 @@ _RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.squeeze.default, aten.squeeze.dim,
     aten.squeeze.dims, aten.unsqueeze.default,
 }  # fmt: skip
+_COMPLEX = {
+    aten.view_as_real.default: aten.view_as_complex.default,
+    aten.view_as_complex.default: aten.view_as_real.default,
+}
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 
 
@@ -56,6 +60,8 @@ def put_back(
     if target is aten.permute.default:
         order = [dim % len(view.args[0]) for dim in view.args[0]]
         return insert_call(graph, target, (value, [order.index(dim) for dim in range(len(order))]), like=like)
+    if target in _COMPLEX:
+        return insert_call(graph, _COMPLEX[target], (value,), like=like)
     if target is aten.as_strided.default:
         return _put_strided(graph, view, base(), value, like)
     scatter = _SCATTERS.get(target)

@@ -727,10 +727,22 @@ def test_a_refused_capture_is_not_kept():
     assert_equal_tensors(got.params, run_live(PLAIN).params[-1])
 
 
-def test_an_optimizer_that_needs_a_closure():
+def test_an_optimizer_that_needs_a_closure_has_no_update_of_its_own():
     model = mlp().double()
-    with pytest.raises(InputError, match=r"`LBFGS.step` needs an argument: closure[\s\S]*not supported[\s\S]*Use an"):
-        gimli.functionalize(model, torch.optim.LBFGS(model.parameters()), squared_error)
+    fn = gimli.functionalize(model, torch.optim.LBFGS(model.parameters()), squared_error)
+    with pytest.raises(
+        InputError, match=r"`LBFGS.step` is no function of gradients alone[\s\S]*Use `step` and `unroll`"
+    ):
+        fn.update(fn.init().params, {}, fn.init().opt_state)
+    with pytest.raises(InputError, match="need a loss"):
+        gimli.functionalize(model, torch.optim.LBFGS(model.parameters())).step(fn.init(), None)
+
+
+def test_a_loss_beside_a_train_step():
+    model = mlp().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="exclude each other"):
+        gimli.functionalize(model, optimizer, squared_error, train_step=lambda model, optimizer, batch: None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,7 +22,9 @@ GRADIENTS = 1e-6
 class Training:
     """A training loop that can be made anew: the model, its optimizer, the loss and the batches, in float64.
 
-    The loss takes `meta` if there is one. `seed` is that of the draws of the loop.
+    The loss takes `meta` if there is one. `seed` is that of the draws of the loop. `step` takes one live step of the
+    optimizer along what `evaluate` returns, and returns the loss before it; `train_step` is given to `functionalize` in
+    place of the loss.
     """
 
     model: Callable[[], Any]
@@ -32,6 +34,8 @@ class Training:
     meta: Any = None
     seed: int = 3
     prepare: Callable[[torch.nn.Module], Any] = field(default=lambda model: None)
+    step: Any = None
+    train_step: Any = None
 
     def start(self) -> tuple[Any, Any]:
         """Returns the model and the optimizer, always with the same values."""
@@ -46,7 +50,13 @@ class Training:
     def functionalized(self):
         """Returns the live objects and what `functionalize` makes of them."""
         model, optimizer = self.start()
-        return model, optimizer, gimli.functionalize(model, optimizer, self.loss)
+        return model, optimizer, self.functionalize(model, optimizer)
+
+    def functionalize(self, model, optimizer):
+        """Functionalizes with the loss or the train step."""
+        if self.train_step is not None:
+            return gimli.functionalize(model, optimizer, train_step=self.train_step)
+        return gimli.functionalize(model, optimizer, self.loss)
 
 
 def sgd(params):
@@ -82,6 +92,11 @@ def copied(named):
 
 
 def live_step(training, model, optimizer, batch, meta):
+    if training.train_step is not None:
+        arguments = (model, optimizer, batch) if training.meta is None else (model, optimizer, batch, meta)
+        return training.train_step(*arguments).detach().clone()
+    if training.step is not None:
+        return training.step(optimizer, lambda: training.loss_of(model, batch, meta)).detach().clone()
     optimizer.zero_grad()
     loss = training.loss_of(model, batch, meta)
     loss.backward()
@@ -186,7 +201,7 @@ def check_values(training):
     expected = run_live(training)
     model, optimizer = training.start()
     untouched = Untouched(model, optimizer)
-    fn = gimli.functionalize(model, optimizer, training.loss)
+    fn = training.functionalize(model, optimizer)
     state = fn.init()
     untouched.check()
     got = run_steps(training, fn, state)

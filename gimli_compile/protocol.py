@@ -1,0 +1,151 @@
+"""How an optimizer wants its step to be called: with a gradient, with a closure, with the gradient's graph.
+
+Nobody declares it, so it is found out by trying: the live optimizer steps on copies of its parameters along a quadratic
+loss, and the first way that runs is the one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from gimli_compile.errors import CaptureError
+from gimli_compile.optimizer_view import OptimizerView, made_up_gradient
+from gimli_compile.snapshot import GROUPS
+from gimli_compile.update_values import UpdateOutputs
+
+Evaluate = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to take a step.
+
+    `gradient`: the gradient is there before the step. `closure`: the step is given a function that evaluates the loss
+    and its gradient again. `number`: that function returns a plain number. `graph`: the gradients keep their graph, so
+    that the step can differentiate them.
+    """
+
+    gradient: bool = True
+    closure: bool = False
+    number: bool = False
+    graph: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Tells whether the step takes nothing but gradients, so that it is a program of its own."""
+        return self == Protocol()
+
+    def step(self, optimizer: Any, evaluate: Evaluate) -> torch.Tensor:
+        """Takes a step of a live optimizer along the loss that `evaluate` returns; returns its first value."""
+        losses: list[torch.Tensor] = []
+
+        def closure() -> Any:
+            with torch.enable_grad():
+                clear_gradients(optimizer)
+                loss = evaluate()
+                _backward(loss, create_graph=self.graph)
+            losses.append(loss.detach())
+            return loss.item() if self.number else loss
+
+        if self.gradient:
+            closure()
+        if self.closure:
+            optimizer.step(closure)
+        else:
+            optimizer.step()
+        if not losses:
+            raise CaptureError(f"`{type(optimizer).__name__}.step` never called the closure that it was given.")
+        return losses[0]
+
+
+def clear_gradients(optimizer: Any) -> None:
+    """Does what `zero_grad` does, also for an optimizer without one."""
+    if callable(getattr(optimizer, "zero_grad", None)):
+        optimizer.zero_grad()
+        return
+    for group in getattr(optimizer, GROUPS):
+        for param in group["params"]:
+            param.grad = None
+
+
+def _backward(loss: torch.Tensor, *, create_graph: bool) -> None:
+    with warnings.catch_warnings():
+        if create_graph:  # the cycle of parameter and gradient that torch warns of is broken after the step
+            warnings.filterwarnings("ignore", message="Using backward")
+        loss.backward(create_graph=create_graph)
+
+
+def quadratic_loss(optimizer: Any) -> Evaluate:
+    """Returns a made-up convex loss of the parameters that an optimizer holds."""
+    generator = torch.Generator().manual_seed(0)
+    params = [param for group in getattr(optimizer, GROUPS) for param in group["params"]]
+    made = [[made_up_gradient(param.detach(), generator) for _ in range(2)] for param in params]
+
+    def evaluate() -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        held = [param for group in getattr(optimizer, GROUPS) for param in group["params"]]
+        for param, (centre, weight) in zip(held, made, strict=True):
+            if param.requires_grad:
+                total = total + (weight.abs() * (param - centre).abs().square()).sum().to("cpu", torch.float64)
+        return total
+
+    return evaluate
+
+
+def choose_protocol(view: OptimizerView, *, is_needed: bool) -> Protocol | None:
+    """Returns how the optimizer's step is called, and notes which of its numbers the step changes.
+
+    If the optimizer runs in no way: None, or, where one is needed, the CaptureError of the plain step.
+    """
+    first: CaptureError | None = None
+    for protocol in _candidates():
+        try:
+            after = _try(view, protocol)
+        except CaptureError as error:
+            first = first or error
+            continue
+        return _with_gradient_if_used(view, protocol, after)
+    if is_needed and first is not None:
+        raise first
+    return None
+
+
+def _candidates() -> Iterator[Protocol]:
+    yield Protocol()
+    for graph, number, gradient in product((False, True), (False, True), (False, True)):
+        yield Protocol(gradient=gradient, closure=True, number=number, graph=graph)
+        if graph and not number and not gradient:
+            yield Protocol(graph=True)
+
+
+def _try(view: OptimizerView, protocol: Protocol) -> UpdateOutputs:
+    if protocol.is_plain:
+        generator = torch.Generator().manual_seed(0)
+        live = {name: p for p, name in view.live_params()}
+        grads = {name: made_up_gradient(p, generator) for name, p in live.items() if p.requires_grad}
+        return view.observe(view.optimizer.step, grads)
+    evaluate = quadratic_loss(view.optimizer)
+    return view.observe(lambda: protocol.step(view.optimizer, evaluate), {})
+
+
+def _with_gradient_if_used(view: OptimizerView, protocol: Protocol, after: UpdateOutputs) -> Protocol:
+    """Adds the gradient before the step where it makes a difference to a step that evaluates the loss itself."""
+    if protocol.gradient:
+        return protocol
+    other = replace(protocol, gradient=True)
+    changing = view.changing
+    try:
+        with_gradient = _try(view, other)
+    except CaptureError:
+        view.changing = changing
+        return protocol
+    same = all(torch.equal(after.params[name], value) for name, value in with_gradient.params.items())
+    if same:
+        view.changing = changing
+    return protocol if same else other

@@ -1,0 +1,91 @@
+"""Captures a whole train step as one program: loss, backward passes and the optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from gimli_compile.custom_functions import custom_functions_recorded
+from gimli_compile.escapes import escapes_closed, modules_of, modules_of_functions
+from gimli_compile.inner_backward import backward_recorded
+from gimli_compile.interception import Interception
+from gimli_compile.literals import literals_marked
+from gimli_compile.loss_capture import differentiable_forms, warn_of_changes
+from gimli_compile.model_view import changed_attributes
+from gimli_compile.pipeline import STEP_PASSES
+from gimli_compile.recording import DATA, HOST, Recorder
+from gimli_compile.slot import Role, Slot
+from gimli_compile.step_view import StepView
+from gimli_compile.train_steps import UserStep
+from gimli_compile.tree_slots import tree_slots
+from gimli_compile.update_capture import UpdateTracing, capture, returned_tensors
+from gimli_compile.update_values import StepData, UpdateInputs, UpdateOutputs
+from gimli_compile.variant import UpdateVariant
+
+
+def capture_step(view: StepView, inputs: UpdateInputs, title: str) -> UpdateVariant:
+    """Runs the train step once, from copies of `inputs`, and returns what it did as a program."""
+    return capture(_StepTracing(view, inputs, Recorder("step")), STEP_PASSES, title)
+
+
+class _StepTracing(UpdateTracing):
+    view: StepView
+
+    def __init__(self, view: StepView, inputs: UpdateInputs, recorder: Recorder) -> None:
+        super().__init__(view, inputs, recorder)
+        assert inputs.data is not None
+        self.data: StepData = inputs.data
+        self.buffers: dict[str, torch.Tensor] = {}
+        model = view.model
+        recorder.live = {id(tensor): name for name, tensor in (model.live_params | model.live_buffers).items()}
+
+    def run(self) -> UpdateOutputs:
+        recorder, view = self.recorder, self.view
+        with recorder, torch.no_grad():
+            self._announce()
+        optimizer = modules_of(view.classes())
+        model = modules_of(type(module) for module in view.model.model.modules())
+        own = modules_of_functions([view.train_step.function]) if isinstance(view.train_step, UserStep) else []
+        before = view.model.signature()
+
+        def execute() -> Any:
+            with (
+                literals_marked([*optimizer, *own]),
+                differentiable_forms(),
+                custom_functions_recorded(recorder),
+                backward_recorded(recorder),
+                escapes_closed(recorder, dict.fromkeys([*optimizer, *model, *own])),
+                recorder,
+                Interception(recorder),
+            ):
+                returned = view.call(self.batch, self.meta, recorder.in_region)
+            warn_of_changes(changed_attributes(before, view.model.signature()))
+            return returned
+
+        return view.run_step(self.inputs.opt_state.skeleton, self.params, self.buffers, self.values, execute)
+
+    def _announce(self) -> None:
+        with self.recorder.paused():
+            leaves = self.view.leaves(self.inputs.params)
+        for name, leaf in leaves.items():
+            self.recorder.add_input(Slot(Role.PARAM, name), leaf, DATA)
+            self.params[name] = leaf
+        for name, value in self.data.buffers.items():
+            self.buffers[name] = self._add(Slot(Role.BUFFER, name), value, DATA if value.dim() else HOST)
+        self.batch = self._add_tree(Role.BATCH, self.data.batch)
+        self.meta = self._add_tree(Role.META, self.data.meta)
+        self._announce_state()
+
+    def _add_tree(self, role: Role, tree: Any) -> Any:
+        traced = iter([self._add(slot, value, DATA) for slot, value in tree_slots(role, tree).items()])
+        return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+    def results(self, outputs: UpdateOutputs) -> dict[Slot, fx.Node]:
+        results = super().results(outputs)
+        nodes = {name: self.recorder.node_of(buffer) for name, buffer in outputs.buffers.items()}
+        results.update({Slot(Role.BUFFER, name): node for name, node in nodes.items() if name in self.buffers})
+        self.returned, tensors = returned_tensors(outputs.returned)
+        return {slot: self.recorder.node_of(tensor) for slot, tensor in tensors.items()} | results

@@ -1,0 +1,69 @@
+"""A model, an optimizer and the train step that runs both, seen from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from gimli_compile.model_view import ModelView
+from gimli_compile.optimizer_view import OptimizerView, flags_cleared, plain_values
+from gimli_compile.snapshot import Skeleton, freeze, grads_set, installed
+from gimli_compile.state import Tensors
+from gimli_compile.train_steps import DefaultStep, Enter, UserStep
+from gimli_compile.update_values import UpdateInputs, UpdateOutputs
+
+
+class StepView(OptimizerView):
+    """An optimizer together with the model and the train step that calls its `step`."""
+
+    def __init__(self, view: OptimizerView, model: ModelView, train_step: DefaultStep | UserStep) -> None:
+        self.__dict__.update(vars(view))
+        self.model = model
+        self.train_step = train_step
+
+    def leaves(self, params: Mapping[str, torch.Tensor]) -> Tensors:
+        """Returns leaves with copies of the parameters, which carry the live ones' hooks."""
+        return {name: self.model.as_leaf(name, value) for name, value in params.items()}
+
+    def run_step(
+        self,
+        skeleton: Skeleton,
+        leaves: Mapping[str, torch.Tensor],
+        buffers: Tensors,
+        values: Mapping[str, Any],
+        execute: Callable[[], Any],
+    ) -> UpdateOutputs:
+        """Runs `execute` with model and optimizer holding these values; live objects come back unchanged."""
+        names = {id(leaf): name for name, leaf in leaves.items()}
+        tensors = {**leaves, **buffers}
+        with (
+            self.model.substituted(tensors),
+            installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__),
+            grads_set(leaves, {}),
+        ):
+            with flags_cleared(self.optimizer):
+                returned = self.execute(execute)
+            made = self.model.read_buffers()
+            after, found = freeze(self.optimizer, names, self.opaque)
+        return UpdateOutputs(dict(leaves), after, found, made, returned)
+
+    def call(self, batch: Any, meta: Any, enter: Enter = lambda _: nullcontext()) -> Any:
+        """Runs the train step on whatever model and optimizer hold now."""
+        with torch.enable_grad():
+            return self.train_step(self.model, self.optimizer, batch, meta, enter)
+
+    def replay(self, inputs: UpdateInputs) -> UpdateOutputs:
+        """Runs the train step's own code, not captured, from plain values."""
+        assert inputs.data is not None
+        data = inputs.data
+        buffers = {name: value.detach().clone() for name, value in data.buffers.items()}
+        return self.run_step(
+            inputs.opt_state.skeleton,
+            self.leaves(inputs.params),
+            buffers,
+            plain_values(inputs),
+            lambda: self.call(data.batch, data.meta),
+        )

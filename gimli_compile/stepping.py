@@ -1,0 +1,89 @@
+"""How a functionalized model steps: by two programs, loss with gradient and update, or by one of the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gimli_compile.loss_table import LossTable
+from gimli_compile.model_view import ModelView
+from gimli_compile.program import Program
+from gimli_compile.slot import Role, Slot
+from gimli_compile.state import Tensors, TrainState
+from gimli_compile.update_table import UpdateTable, assemble
+from gimli_compile.update_values import StepData, UpdateInputs
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step starts from: see `Functional.step`. `model_key` is the model's signature if the caller knows it."""
+
+    state: TrainState
+    batch: Any
+    hyper: Mapping[str, torch.Tensor]
+    meta: Any
+    order: int = 2
+    draws: dict[Slot, torch.Tensor] | None = None
+    model_key: Any = None
+
+
+class SplitStepper:
+    """Takes the loss and its gradient from one program and the update from another."""
+
+    def __init__(self, losses: LossTable, updates: UpdateTable, trained: list[str]) -> None:
+        self.losses = losses
+        self.updates = updates
+        self.trained = trained
+
+    def step(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor]:
+        """Returns the new state and the loss before the step."""
+        state = inputs.state
+        draws = {} if inputs.draws is None else inputs.draws
+        loss, grads, buffers = self.losses.gradient(
+            state,
+            inputs.batch,
+            inputs.meta,
+            self.trained,
+            order=inputs.order,
+            draws=draws,
+            model_key=inputs.model_key,
+        )
+        params, opt_state = self.updates.run(UpdateInputs(state.params, grads, state.opt_state, inputs.hyper, draws))
+        return TrainState(params, buffers, opt_state), loss
+
+    def constants(self) -> list[torch.Tensor]:
+        """Returns the tensors that the captured losses hold."""
+        return self.losses.constants()
+
+
+class WholeStepper:
+    """Takes whole train steps, each one program: those that call the loss themselves, or differentiate gradients."""
+
+    def __init__(self, model: ModelView, table: UpdateTable) -> None:
+        self.model = model
+        self.table = table
+
+    def step(self, inputs: StepInputs) -> tuple[TrainState, Any]:
+        """Returns the new state and what the train step returned: the loss before the step."""
+        state = inputs.state
+        key = self.model.signature() if inputs.model_key is None else inputs.model_key
+        data = StepData(state.buffers, inputs.batch, inputs.meta, key)
+        draws = {} if inputs.draws is None else inputs.draws
+        given = UpdateInputs(state.params, {}, state.opt_state, inputs.hyper, draws, data)
+        variant, results = self.table.run_variant(given, order=inputs.order)
+        params, opt_state = assemble(given, variant, results)
+        assert variant.returned is not None
+        return TrainState(params, new_buffers(state.buffers, results), opt_state), variant.returned.assemble(results)
+
+    def constants(self) -> list[torch.Tensor]:
+        """Returns the tensors that the captured steps hold."""
+        programs: list[Program] = [variant.program for variant in self.table.variants]
+        return [tensor for program in programs for tensor in program.constants.values()]
+
+
+def new_buffers(buffers: Tensors, results: Mapping[Slot, torch.Tensor]) -> Tensors:
+    """Returns the buffers after a program ran; those that it does not change stay."""
+    return {name: results.get(Slot(Role.BUFFER, name), value) for name, value in buffers.items()}

@@ -1,0 +1,77 @@
+"""Whole train steps: the default one, and the loop body that a user already has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_module
+
+from gimli_compile.loss_capture import check_loss, takes_meta
+from gimli_compile.model_view import ModelView
+from gimli_compile.protocol import Protocol
+from gimli_compile.recording import Region
+
+Enter = Callable[[Region], AbstractContextManager[None]]
+
+
+class DefaultStep:
+    """Evaluates the loss and its gradient as the optimizer wants it, and lets the optimizer step."""
+
+    def __init__(self, loss_fn: Callable[..., Any], protocol: Protocol) -> None:
+        self.function = loss_fn
+        self.protocol = protocol
+
+    def __call__(self, model: ModelView, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
+        """Takes the step; returns the loss before it."""
+        arguments = (model.model, batch, meta) if takes_meta(self.function) else (model.model, batch)
+
+        def evaluate() -> torch.Tensor:
+            with enter(Region.LOSS):
+                loss = self.function(*arguments)
+            check_loss(loss, self.function)
+            return loss
+
+        return self.protocol.step(optimizer, evaluate)
+
+
+class UserStep:
+    """Runs the user's own train step: `train_step(model, optimizer, batch)`, or with `meta` as a fourth argument."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, model: ModelView, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
+        """Takes the step; returns what the function returns."""
+        arguments = (model.model, optimizer, batch)
+        arguments = (*arguments, meta) if takes_meta(self.function, places=4) else arguments
+        with _calls_of(model, enter):
+            return self.function(*arguments)
+
+
+@contextmanager
+def _calls_of(model: ModelView, enter: Enter) -> Iterator[None]:
+    """Says, while a module of the model runs, that it is the model's code that runs."""
+    modules = set(map(id, model.model.modules()))
+    running: list[AbstractContextManager[None]] = []
+
+    def before(module: torch.nn.Module, _: Any) -> None:
+        if id(module) in modules:
+            running.append(enter(Region.LOSS))
+            running[-1].__enter__()
+
+    def after(module: torch.nn.Module, _: Any, out: Any) -> None:
+        if id(module) in modules:
+            running.pop().__exit__(None, None, None)
+
+    handles = (
+        torch_module.register_module_forward_pre_hook(before),
+        torch_module.register_module_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

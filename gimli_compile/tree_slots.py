@@ -1,0 +1,77 @@
+"""The tensors of a pytree as slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gimli_compile.errors import InputError, compose_message
+from gimli_compile.slot import Role, Slot
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields path and value of the leaves of a pytree, the path as `0.x`."""
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    for path, value in pairs:
+        yield ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path), value
+
+
+def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:
+    """Returns the tensors of a pytree by slot; numbers and flags are part of the program, anything else is refused."""
+    found = {}
+    for path, value in named_leaves(tree):
+        if isinstance(value, torch.Tensor):
+            found[Slot(role, path)] = value
+        elif not (value is None or isinstance(value, (bool, int, float, complex))):
+            raise InputError(
+                compose_message(
+                    f"{role.value}[{path}] is a {type(value).__name__}, not a tensor or a number",
+                    None,
+                    "A program takes tensors; other things cannot be its inputs.",
+                    "Turn it into a tensor before the step, for example an index for each label.",
+                )
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The structure of what a captured function returns; what is no tensor is part of it."""
+
+    structure: pytree.TreeSpec
+    fixed: tuple[Any, ...]
+    slots: tuple[Slot | None, ...]
+
+    @staticmethod
+    def of(tree: Any, role: Role) -> tuple[Returned, dict[Slot, torch.Tensor]]:
+        """Returns the structure of a pytree, and its tensors by slot."""
+        pairs = list(named_leaves(tree))
+        slots = tuple(Slot(role, path) if isinstance(leaf, torch.Tensor) else None for path, leaf in pairs)
+        fixed = tuple(None if isinstance(leaf, torch.Tensor) else leaf for _, leaf in pairs)
+        tensors = {slot: leaf for slot, (_, leaf) in zip(slots, pairs, strict=True) if slot is not None}
+        return Returned(pytree.tree_structure(tree), fixed, slots), tensors
+
+    def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
+        """Returns the pytree with a program's results in it."""
+        leaves = [value if slot is None else results[slot] for slot, value in zip(self.slots, self.fixed, strict=True)]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+def form(value: torch.Tensor) -> Any:
+    """Returns shape, dtype and device."""
+    return value.shape, value.dtype, value.device
+
+
+def tree_form(tree: Any) -> Any:
+    """Returns the structure of a pytree, the forms of its tensors, and everything else in it."""
+    leaves, structure = pytree.tree_flatten(tree)
+    kept = tuple(form(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), _static(leaf)) for leaf in leaves)
+    return structure, kept
+
+
+def _static(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None))) else id(leaf)
