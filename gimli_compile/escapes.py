@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from gimli_compile.concolic import Number, bake, binary, guard, make_number, plain, unary
+from gimli_compile.python_random import refusals
 from gimli_compile.recording import Recorder
 
 _UNARY = {
@@ -181,7 +182,7 @@ class Escapes:
             made[np, name] = self.unary(getattr(np, name), form)
         for name, form in _NUMPY_BINARY.items():
             made[np, name] = self.binary(getattr(np, name), form)
-        return made
+        return made | refusals()
 
 
 _LOG = math.log

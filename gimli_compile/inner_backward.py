@@ -7,6 +7,7 @@ for.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,21 +93,41 @@ def _accumulate(leaf: Tensor, grad: Tensor, create_graph: bool) -> None:
 
 
 def _leaves_of(roots: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns the leaves that the roots depend on, in the order in which they are found."""
-    found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
-    pending = []
-    for root in roots:
-        if root.grad_fn is not None:
-            pending.append(root.grad_fn)
-        elif root.requires_grad:
-            found[id(root)] = root
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.setdefault(id(node.variable), node.variable)
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    """Returns the leaves that the roots depend on, in the order in which a backward pass reaches them.
+
+    The engine runs what is ready, the node made last first, and gives a leaf its gradient as soon as it is complete.
+    """
+    found: dict[int, Tensor] = {id(root): root for root in roots if root.grad_fn is None and root.requires_grad}
+    starts = [root.grad_fn for root in roots if root.grad_fn is not None]
+    waiting = _dependencies(starts)
+    ready = [
+        (-node._sequence_nr(), place, node) for place, node in enumerate(dict.fromkeys(starts)) if not waiting[node]
+    ]
+    heapq.heapify(ready)
+    place = len(ready)
+    while ready:
+        node = heapq.heappop(ready)[-1]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.setdefault(id(leaf), leaf)
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                waiting[parent] -= 1
+                if not waiting[parent]:
+                    heapq.heappush(ready, (-parent._sequence_nr(), place, parent))
+                    place += 1
     return tuple(found.values())
+
+
+def _dependencies(starts: Sequence[Any]) -> dict[Any, int]:
+    """Returns, for each node of the graph, how many edges lead to it."""
+    counts: dict[Any, int] = dict.fromkeys(starts, 0)
+    pending = list(counts)
+    while pending:
+        for parent, _ in pending.pop().next_functions:
+            if parent is not None:
+                if parent not in counts:
+                    counts[parent] = 0
+                    pending.append(parent)
+                counts[parent] += 1
+    return counts

@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.provenance import user_source
+from gimli_compile.python_random import generators_kept
 from gimli_compile.snapshot import (
     GROUPS,
     Leaf,
@@ -174,7 +175,8 @@ class OptimizerView:
         }
         names = {id(leaf): name for name, leaf in leaves.items()}
         held = {name: grads.get(name) for name in leaves}
-        with installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__), grads_set(leaves, held):
+        fill = installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__)
+        with generators_kept(skeleton), fill, grads_set(leaves, held):
             with flags_cleared(self.optimizer):
                 self.execute(execute)
             after, found = freeze(self.optimizer, names, self.opaque)

@@ -173,7 +173,20 @@ def _path_text(path: tuple[str, ...]) -> str:
 def _static_key(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str, bytes, torch.dtype, torch.device, enum.Enum, type)):
         return value
+    if isinstance(value, FunctionType):
+        return ("function", value.__code__, tuple(map(_cell_key, value.__closure__ or ())))
     return ("object", id(value))
+
+
+def _cell_key(cell: Any) -> Any:
+    """Tells apart functions of one definition by what they hold, as far as that is no value of one step."""
+    try:
+        held = cell.cell_contents
+    except ValueError:
+        return None
+    if is_number(held) or isinstance(held, FunctionType):
+        return held if is_number(held) else held.__code__
+    return held if isinstance(held, (bool, str, bytes, type, torch.dtype, torch.device)) else type(held)
 
 
 _OPAQUE = (
@@ -328,6 +341,21 @@ def parts_by_parameter(skeleton: Skeleton) -> list[Any]:
                 if isinstance(key, ParamRef):
                     found.append(item)
                 visit(item)
+
+    visit(skeleton.root)
+    return found
+
+
+def static_parts(skeleton: Skeleton) -> list[Any]:
+    """Returns what is neither container, number nor tensor: flags, functions, generators."""
+    found: list[Any] = []
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Container):
+            for _, item in part.items:
+                visit(item)
+        elif not isinstance(part, (Leaf, ParamRef, Again)):
+            found.append(part)
 
     visit(skeleton.root)
     return found

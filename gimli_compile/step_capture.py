@@ -16,6 +16,7 @@ from gimli_compile.literals import literals_marked
 from gimli_compile.loss_capture import differentiable_forms, warn_of_changes
 from gimli_compile.model_view import changed_attributes
 from gimli_compile.pipeline import STEP_PASSES
+from gimli_compile.python_random import draws_refused
 from gimli_compile.recording import DATA, HOST, Recorder
 from gimli_compile.slot import Role, Slot
 from gimli_compile.step_view import StepView
@@ -49,10 +50,11 @@ class _StepTracing(UpdateTracing):
         optimizer = modules_of(view.classes())
         model = modules_of(type(module) for module in view.model.model.modules())
         own = modules_of_functions([view.train_step.function]) if isinstance(view.train_step, UserStep) else []
-        before = view.model.signature()
+        before, skeleton = view.model.signature(), self.inputs.opt_state.skeleton
 
         def execute() -> Any:
             with (
+                draws_refused(skeleton),
                 literals_marked([*optimizer, *own]),
                 differentiable_forms(),
                 custom_functions_recorded(recorder),
@@ -65,7 +67,7 @@ class _StepTracing(UpdateTracing):
             warn_of_changes(changed_attributes(before, view.model.signature()))
             return returned
 
-        return view.run_step(self.inputs.opt_state.skeleton, self.params, self.buffers, self.values, execute)
+        return view.run_step(skeleton, self.params, self.buffers, self.values, execute)
 
     def _announce(self) -> None:
         with self.recorder.paused():

@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, flags_cleared, plain_values
+from gimli_compile.python_random import generators_kept
 from gimli_compile.snapshot import Skeleton, freeze, grads_set, installed
 from gimli_compile.state import Tensors
 from gimli_compile.train_steps import DefaultStep, Enter, UserStep
@@ -40,6 +41,7 @@ class StepView(OptimizerView):
         names = {id(leaf): name for name, leaf in leaves.items()}
         tensors = {**leaves, **buffers}
         with (
+            generators_kept(skeleton),
             self.model.substituted(tensors),
             installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__),
             grads_set(leaves, {}),

@@ -46,7 +46,7 @@ def unroll_steps(
     steps = split_batches(loop.batches, 0 if tasks is False else 1)
     state = loop.state
     length = segment_length(checkpoint, len(steps))
-    losses: list[torch.Tensor] = []
+    losses: list[Any] = []
     cut = 0 if truncate is None else max(0, len(steps) - truncate)
     if cut:
         with torch.no_grad():
@@ -59,7 +59,14 @@ def unroll_steps(
             segment = steps[start : start + length]
             state, segment_losses = checkpointed(_segment(step), state, segment, loop.hyper, loop.meta)
             losses += segment_losses
-    return state, torch.stack(losses, -1)
+    return state, _stacked(losses)
+
+
+def _stacked(losses: list[Any]) -> Any:
+    """Returns the losses of all steps as one pytree, their last dimension the step."""
+    leaves = [pytree.tree_leaves(loss) for loss in losses]
+    made = [torch.stack(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]
+    return pytree.tree_unflatten(made, pytree.tree_structure(losses[0]))
 
 
 def _run(step: Step, loop: Loop, steps: Sequence[Any], losses: list[Any]) -> TrainState:

@@ -18,6 +18,7 @@ from gimli_compile.optimizer_view import OptimizerView, as_leaf, plain_value
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
+from gimli_compile.python_random import draws_refused
 from gimli_compile.recording import DATA, HOST, Recorder
 from gimli_compile.slot import CARRIED, Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
@@ -62,7 +63,7 @@ class UpdateTracing:
 
         def execute() -> None:
             escapes = escapes_closed(self.recorder, modules)
-            with literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
+            with draws_refused(skeleton), literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
                 self.view.step()
 
         return self.view.run(skeleton, self.params, self.grads, self.values, execute)

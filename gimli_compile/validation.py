@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.python_random import generators_kept
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
@@ -88,7 +89,7 @@ def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch
 
 def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     """Runs the program from the same draws as `eager_results`."""
-    with _same_draws(), torch.no_grad():
+    with _same_draws(), generators_kept(inputs.opt_state.skeleton), torch.no_grad():
         return variant.program(inputs.by_slot())
 
 
