@@ -96,10 +96,8 @@ class UpdateTable:
             wanted = edges & watched
             if not wanted:
                 return replace(variant, edges=edges)
-            lifted = lift_edges(self.view, inputs, variant, wanted, self.title)
-            if lifted is not None:
-                return replace(lifted, edges=edges, relaxed=wanted)
-            lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted))
+            variant, lifted = lift_edges(self.view, inputs, variant, wanted, self.title)
+            lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted - lifted))
             return replace(variant, edges=edges, relaxed=wanted, baked=(*variant.baked, *lost))
 
 

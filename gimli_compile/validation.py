@@ -59,8 +59,15 @@ def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant
     """
     before = inputs.by_slot()
     eager = eager_results(view, inputs)
-    touched = {s: value for s, value in eager.items() if s.role is Role.PARAM or not _is_same(value, before.get(s))}
+    touched = {s: v for s, v in eager.items() if s.role is Role.PARAM or not _is_same(v, _before(before, s))}
+    if any(slot not in variant.program.results for slot in touched):
+        return False
     return not _differing(variant, inputs, touched)
+
+
+def _before(values: Mapping[Slot, torch.Tensor], slot: Slot) -> torch.Tensor | None:
+    """Returns what a slot held before the step: a result does not tell state from hyperparameters."""
+    return values.get(slot, values.get(Slot(Role.HYPER, slot.path)))
 
 
 def _is_same(value: torch.Tensor, before: torch.Tensor | None) -> bool:

@@ -1,0 +1,68 @@
+"""Hyperparameters on the edge of a condition, in optimizers that branch on several of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from eager_reference import Case, gradient_errors
+
+import gimli_compile as gimli
+
+
+class Written(torch.optim.Optimizer):
+    """An optimizer whose subclasses say how a parameter is updated."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p, p.grad, self.state[p], group)
+
+    def update(self, p, grad, state, group):
+        raise NotImplementedError
+
+
+class ClippedOrNot(Written):
+    """A clipping norm of zero means none: beside zero, the step jumps. A weight decay of zero is no such edge."""
+
+    def update(self, p, grad, state, group):
+        if group["clip"] > 0:
+            grad = grad * (group["clip"] / grad.norm()).clamp(max=1)
+        if group["weight_decay"] != 0:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(grad, alpha=-group["lr"])
+
+
+class KeyedByNumber(Written):
+    """Keeps one buffer for each decay rate, under that rate."""
+
+    def update(self, p, grad, state, group):
+        if not state:
+            state["buffers"] = {beta: torch.zeros_like(p) for beta in group["betas"]}
+        if group["weight_decay"] != 0:
+            grad = grad + group["weight_decay"] * p
+        for beta in group["betas"]:
+            p.add_(state["buffers"][beta].mul_(beta).add_(grad), alpha=-group["lr"])
+
+
+def test_an_edge_that_jumps_does_not_hide_one_that_does_not():
+    case = Case(lambda params: ClippedOrNot(params, lr=0.1, clip=0.0, weight_decay=0.0))
+    with pytest.warns(
+        gimli.BakedValueWarning, match=r"hyper\[groups.0.clip\] is 0, where the step takes a branch"
+    ) as seen:
+        errors = gradient_errors(case, skip=("groups.0.clip",))
+        assert not any("branch" in str(warning.message) for warning in seen)
+        errors = gradient_errors(case)
+    assert not any("weight_decay" in str(warning.message) for warning in seen)
+    assert max(error for path, error in errors.items() if path != "groups.0.clip") <= 1e-6
+
+
+def test_state_under_a_number_keeps_its_key():
+    """A decay rate of zero is an edge; the branch beside it would keep its buffer under another key."""
+    case = Case(lambda params: KeyedByNumber(params, lr=0.1, betas=(0.0, 0.9), weight_decay=0.0))
+    with pytest.warns(gimli.BakedValueWarning, match=r"hyper\[groups.0.betas.\d\] is 0"):
+        errors = gradient_errors(case)
+    assert max(errors.values()) <= 1e-6
