@@ -66,3 +66,20 @@ def test_state_under_a_number_keeps_its_key():
     with pytest.warns(gimli.BakedValueWarning, match=r"hyper\[groups.0.betas.\d\] is 0"):
         errors = gradient_errors(case)
     assert max(errors.values()) <= 1e-6
+
+
+class Estimated(Written):
+    """A step size that may grow by a factor at most, by default an infinite one."""
+
+    def update(self, p, grad, state, group):
+        found = (p.abs().sum() / (grad.abs().sum() + 1)).item()
+        group["d"] = max(group["d"], min(found, group["d"] * group["growth_rate"]))
+        p.add_(grad, alpha=-group["lr"] * group["d"])
+
+
+@pytest.mark.parametrize("growth_rate", [float("inf"), 1.2])
+def test_a_bound_that_a_hyperparameter_makes_infinite(growth_rate):
+    """The derivative was NaN: zero times the factor."""
+    case = Case(lambda params: Estimated(params, lr=0.1, d=0.3, growth_rate=growth_rate), grad_scale=0.5)
+    errors = gradient_errors(case, skip=("groups.0.growth_rate",) if growth_rate > 2 else ())
+    assert max(errors.values()) <= 1e-6
