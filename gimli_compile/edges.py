@@ -108,7 +108,7 @@ def _ignored_at_edge(
 def _parts(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
     """Tells whether eager runs on these values and gives other results than the variant."""
     try:
-        return not reproduces(view, inputs, variant)
+        return not reproduces(view, inputs, variant, smooth=True)
     except CaptureError:
         return False
 

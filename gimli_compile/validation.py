@@ -51,18 +51,21 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     return replace(variant, pins=pins, baked=tuple(baked))
 
 
-def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
+def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant, *, smooth: bool = False) -> bool:
     """Tells whether the program gives the optimizer's own results on these values.
 
     State that the eager step leaves alone or does not have is not compared: at a momentum of exactly zero the buffer
-    that the program keeps is dead weight in eager.
+    that the program keeps is dead weight in eager. `smooth` compares only results that have derivatives: a count that
+    was moved off its whole number stays one in the program, but not in eager.
     """
     before = inputs.by_slot()
     eager = eager_results(view, inputs)
     touched = {s: v for s, v in eager.items() if s.role is Role.PARAM or not _is_same(v, _before(before, s))}
     if any(slot not in variant.program.results for slot in touched):
         return False
-    return not _differing(variant, inputs, touched)
+    results = zip(variant.program.results, variant.program.returned, strict=True)
+    counts = {slot for slot, node in results if smooth and not node.meta["val"].is_floating_point()}
+    return not _differing(variant, inputs, {slot: value for slot, value in touched.items() if slot not in counts})
 
 
 def _before(values: Mapping[Slot, torch.Tensor], slot: Slot) -> torch.Tensor | None:

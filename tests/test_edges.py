@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from eager_reference import Case, gradient_errors
+from eager_reference import (
+    Case,
+    eager_params,
+    functional_params,
+    gradient_errors,
+    projection,
+    run_functional,
+    set_number,
+)
 
 import gimli_compile as gimli
 
@@ -66,6 +74,32 @@ def test_state_under_a_number_keeps_its_key():
     with pytest.warns(gimli.BakedValueWarning, match=r"hyper\[groups.0.betas.\d\] is 0"):
         errors = gradient_errors(case)
     assert max(errors.values()) <= 1e-6
+
+
+class Noting(Written):
+    """Notes an option that is a whole number in its state."""
+
+    def update(self, p, grad, state, group):
+        if not state:
+            state["rank"] = group["rank"]
+        if group["weight_decay"] > 0:
+            grad = grad + group["weight_decay"] * p
+        p.add_(grad, alpha=-group["lr"] / state["rank"])
+
+
+def test_a_whole_number_in_the_state_does_not_hold_another_number_on_its_edge():
+    case = Case(lambda params: Noting(params, lr=0.1, rank=1, weight_decay=0.0))
+    fn, state, hyper = functional_params(case)
+    weight_decay = hyper[0]["weight_decay"].requires_grad_()
+    final = run_functional(case, fn, state, hyper, case.gradients(case.steps))[-1]
+    (found,) = torch.autograd.grad(projection(final), weight_decay)
+
+    def live(value):
+        return float(projection(eager_params(case, lambda _, o: set_number(o, "groups.0.weight_decay", value))[-1]))
+
+    h = 1e-4
+    right = (-11 * live(0) + 18 * live(h) - 9 * live(2 * h) + 2 * live(3 * h)) / (6 * h)
+    assert abs(found - right) <= 1e-6 * abs(right)
 
 
 class Estimated(Written):
