@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError, InputError, compose_message
+from gimli_compile.host_draws import generators_forked
 from gimli_compile.provenance import user_source
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import (
@@ -161,7 +162,7 @@ class OptimizerView:
         changing: set[str] = set()
         skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
         params = {name: p.detach().clone() for name, p in live.items()}
-        with torch.random.fork_rng(devices=[]):
+        with generators_forked():
             for _ in range(3):
                 after = self.run(skeleton, params, grads, values, self.step)
                 changing |= {

@@ -11,6 +11,7 @@ from torch import fx
 from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
 from gimli_compile.escapes import escapes_closed, modules_of
+from gimli_compile.host_draws import generators_forked
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, UpdateOutputs, as_leaf, plain_value
@@ -27,7 +28,7 @@ def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> Upd
     """Runs the optimizer's step once, from copies of `inputs`, and returns what it did as a program."""
     recorder = Recorder("update")
     tracing = _Tracing(view, inputs, recorder)
-    with torch.backends.cudnn.flags(enabled=False):
+    with torch.backends.cudnn.flags(enabled=False), generators_forked():
         outputs = tracing.run()
     raw, conditions = tracing.program(outputs, title)
     program = lower(raw, UPDATE_PASSES)

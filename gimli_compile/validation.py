@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
+from gimli_compile.host_draws import generators_forked
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
@@ -79,7 +79,7 @@ def _is_same(value: torch.Tensor, before: torch.Tensor | None) -> bool:
 
 def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     """Runs the optimizer's own step and returns its results by slot."""
-    with _same_draws(), torch.no_grad():
+    with generators_forked(), torch.no_grad():
         outputs = view.replay(inputs)
     found = {Slot(Role.PARAM, name): value.detach() for name, value in outputs.params.items()}
     for leaf in leaves_of(outputs.skeleton):
@@ -89,12 +89,8 @@ def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch
 
 def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     """Runs the program from the same draws as `eager_results`."""
-    with _same_draws(), torch.no_grad():
+    with generators_forked(), torch.no_grad():
         return variant.program(inputs.by_slot())
-
-
-def _same_draws() -> AbstractContextManager[None]:
-    return torch.random.fork_rng()
 
 
 def _differing(variant: UpdateVariant, inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]) -> list[Slot]:
