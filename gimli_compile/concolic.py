@@ -215,21 +215,14 @@ def recorder_reach(number: Number) -> int:
 # ---------------------------------------------------------------------- the methods of the two kinds
 
 
-def _true_divide(left: Any, right: Any) -> torch.Tensor:
-    if not isinstance(left, torch.Tensor):
-        left = torch.full((), float(left), dtype=torch.float64)
-    return torch.div(left, right)
-
-
-def _floor_divide(left: Any, right: Any) -> torch.Tensor:
-    if not isinstance(left, torch.Tensor):
-        left = torch.full((), float(left), dtype=torch.float64)
-    return torch.div(left, right, rounding_mode="floor")
+def _lifted(left: Any) -> torch.Tensor:
+    return left if isinstance(left, torch.Tensor) else torch.full((), float(left), dtype=torch.float64)
 
 
 _TENSOR_FORM: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.truediv: _true_divide,
-    operator.floordiv: _floor_divide,
+    operator.truediv: lambda left, right: torch.div(_lifted(left), right),
+    operator.floordiv: lambda left, right: torch.div(_lifted(left), right, rounding_mode="floor"),
+    operator.mod: lambda left, right: torch.remainder(_lifted(left), right),
 }
 _BITWISE = ("and", "or", "xor", "lshift", "rshift")
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")

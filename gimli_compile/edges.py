@@ -51,12 +51,34 @@ def lift_edges(
     plain: UpdateVariant,
     paths: frozenset[str],
     capture: Callable[[UpdateInputs], UpdateVariant],
+) -> tuple[UpdateVariant, frozenset[str]]:
+    """Lifts as many hyperparameters off their edges as can be: all at once, or else one after the other.
+
+    `plain` is the variant captured on the edge, `capture` gives validated ones. Returns the variant and the paths that
+    were lifted.
+    """
+    together = _lift(view, inputs, plain, paths, capture)
+    if together is not None:
+        return together, paths
+    best, lifted = plain, frozenset[str]()
+    for path in sorted(paths) if len(paths) > 1 else ():
+        more = _lift(view, inputs, plain, lifted | {path}, capture)
+        if more is not None:
+            best, lifted = more, lifted | {path}
+    return best, lifted
+
+
+def _lift(
+    view: OptimizerView,
+    inputs: UpdateInputs,
+    plain: UpdateVariant,
+    paths: frozenset[str],
+    capture: Callable[[UpdateInputs], UpdateVariant],
 ) -> UpdateVariant | None:
     """Returns the variant that values beside those of `paths` take, if it is the same function on the edge; else None.
 
-    `plain` is the variant captured on the edge, `capture` gives a validated one. A number that the step ignores there
-    but not beside it (a dampening without momentum) gets no gradient and is pinned to its value: on the edge its
-    derivative is zero.
+    A number that the step ignores there but not beside it (a dampening without momentum) gets no gradient and is pinned
+    to its value: on the edge its derivative is zero.
     """
     moved = replace(inputs, hyper={p: _beside(v) if p in paths else v for p, v in inputs.hyper.items()})
     try:
@@ -97,7 +119,7 @@ def _ignored_at_edge(
 def _parts(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
     """Tells whether eager runs on these values and gives other results than the variant."""
     try:
-        return not reproduces(view, inputs, variant)
+        return not reproduces(view, inputs, variant, smooth=True)
     except CaptureError:
         return False
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from gimli_compile.concolic import Number, bake, binary, guard, make_number, plain, unary
-from gimli_compile.python_random import refusals
+from gimli_compile.host_draws import host_draw_functions
 from gimli_compile.recording import Recorder
 
 _UNARY = {
@@ -182,7 +182,7 @@ class Escapes:
             made[np, name] = self.unary(getattr(np, name), form)
         for name, form in _NUMPY_BINARY.items():
             made[np, name] = self.binary(getattr(np, name), form)
-        return made | refusals()
+        return made
 
 
 _LOG = math.log
@@ -240,7 +240,7 @@ def modules_of_functions(functions: Iterable[Callable[..., Any]]) -> list[Module
 def escapes_closed(recorder: Recorder, modules: Iterable[ModuleType]) -> Iterator[None]:
     """Puts the replacements in place while the trace runs."""
     escapes = Escapes(recorder)
-    functions, shadows = escapes.functions(), escapes.builtins()
+    functions, shadows = {**escapes.functions(), **host_draw_functions(recorder)}, escapes.builtins()
     by_original = {id(getattr(module, name)): form for (module, name), form in functions.items()}
     undo: list[tuple[dict[str, Any], str, Any]] = []
 

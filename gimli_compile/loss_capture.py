@@ -20,10 +20,10 @@ from gimli_compile.errors import BakedValueWarning, CaptureError, compose_messag
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.model_view import ModelView, changed_attributes
+from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import LOSS_PASSES, lower
 from gimli_compile.program import Program
 from gimli_compile.provenance import user_source
-from gimli_compile.python_random import draws_refused
 from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
@@ -117,7 +117,7 @@ class _Run:
             modules = modules_of(type(module) for module in self.view.model.modules())
             with (
                 recorder.in_region(Region.LOSS),
-                draws_refused(),
+                draws_refused(recorder),
                 custom_functions_recorded(recorder),
                 escapes_closed(recorder, modules),
                 recorder,

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError, InputError, compose_message
+from gimli_compile.host_draws import generators_forked
+from gimli_compile.owned_generators import generators_kept
 from gimli_compile.provenance import user_source
-from gimli_compile.python_random import generators_kept
 from gimli_compile.snapshot import (
     GROUPS,
     Leaf,
@@ -136,7 +137,7 @@ class OptimizerView:
         skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
         params = {name: p.detach().clone() for name, p in live.items()}
         after = UpdateOutputs(params, skeleton, values)
-        with torch.random.fork_rng(devices=[]):
+        with generators_forked():
             for _ in range(3):
                 after = self.run(after.skeleton, after.params, grads, after.values, execute)
                 changing |= {

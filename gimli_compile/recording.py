@@ -26,6 +26,7 @@ from gimli_compile.slot import Role, Slot
 aten = torch.ops.aten
 
 HOST = 1  # the value follows from counters and hyperparameters alone
+HOST_DRAW = "number"  # what names the draws of Python's and NumPy's generators
 DATA = 2  # the value depends on parameters, gradients, batches or draws
 _NOT_RECORDED = {aten.is_same_size.default}
 
@@ -100,6 +101,7 @@ class Recorder(TorchDispatchMode):
         self._last_input: fx.Node | None = None
         self._paused = False
         self._grad_at_entry = True
+        self.host_states: Any = None
 
     # ------------------------------------------------------------------ inputs
 
@@ -347,12 +349,19 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _add_draw(self, draw: Draw, noise: torch.Tensor, out: torch.Tensor) -> None:
-        slot = Slot(Role.NOISE, f"{self.name}.{len(self.draws)}")
+        slot = Slot(Role.NOISE, f"{self.name}.{sum(HOST_DRAW not in known.path for known in self.draws)}")
         node = self.add_input(slot, noise, DATA)
         self.draws[slot] = draw
         self._reach[_storage(out)] = DATA
         if out is not noise:
             self.add_call(aten.copy_.default, (self.node_of(out), node), {}, out)
+
+    def add_host_draw(self, draw: Draw, tensor: torch.Tensor) -> None:
+        """Announces a number that Python or NumPy drew; such numbers are counted apart from the tensors drawn."""
+        count = sum(slot.path.startswith(f"{self.name}.{HOST_DRAW}") for slot in self.draws)
+        slot = Slot(Role.NOISE, f"{self.name}.{HOST_DRAW}{count}")
+        self.add_input(slot, tensor, DATA)
+        self.draws[slot] = draw
 
     def _record_dropout(self, value: torch.Tensor, p: float, train: bool | None) -> Any:
         """Records the fused dropout as a product with a drawn mask, which has every derivative."""

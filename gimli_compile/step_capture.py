@@ -15,8 +15,8 @@ from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.loss_capture import differentiable_forms, warn_of_changes
 from gimli_compile.model_view import changed_attributes
+from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import STEP_PASSES
-from gimli_compile.python_random import draws_refused
 from gimli_compile.recording import DATA, HOST, Recorder
 from gimli_compile.slot import Role, Slot
 from gimli_compile.step_view import StepView
@@ -54,7 +54,7 @@ class _StepTracing(UpdateTracing):
 
         def execute() -> Any:
             with (
-                draws_refused(skeleton),
+                draws_refused(self.recorder, skeleton),
                 literals_marked([*optimizer, *own]),
                 differentiable_forms(),
                 custom_functions_recorded(recorder),

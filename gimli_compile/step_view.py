@@ -10,7 +10,7 @@ import torch
 
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, flags_cleared, plain_values
-from gimli_compile.python_random import generators_kept
+from gimli_compile.owned_generators import generators_kept
 from gimli_compile.snapshot import Skeleton, freeze, grads_set, installed
 from gimli_compile.state import Tensors
 from gimli_compile.train_steps import DefaultStep, Enter, UserStep

@@ -12,13 +12,14 @@ from torch.utils import _pytree as pytree
 from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
 from gimli_compile.escapes import escapes_closed, modules_of
+from gimli_compile.host_draws import generators_forked
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.optimizer_view import OptimizerView, as_leaf, plain_value
+from gimli_compile.owned_generators import draws_refused
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
-from gimli_compile.python_random import draws_refused
 from gimli_compile.recording import DATA, HOST, Recorder
 from gimli_compile.slot import CARRIED, Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
@@ -34,7 +35,7 @@ def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> Upd
 
 def capture(tracing: UpdateTracing, passes: tuple[Pass, ...], title: str) -> UpdateVariant:
     """Runs what is traced, and lowers its program."""
-    with torch.backends.cudnn.flags(enabled=False):
+    with torch.backends.cudnn.flags(enabled=False), generators_forked():
         outputs = tracing.run()
     raw, conditions = tracing.program(outputs, title)
     return _finish(lower(raw, passes), conditions, outputs, tracing)
@@ -62,8 +63,8 @@ class UpdateTracing:
         modules = modules_of(self.view.classes())
 
         def execute() -> None:
-            escapes = escapes_closed(self.recorder, modules)
-            with draws_refused(skeleton), literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
+            refused, escapes = draws_refused(self.recorder, skeleton), escapes_closed(self.recorder, modules)
+            with refused, literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
                 self.view.step()
 
         return self.view.run(skeleton, self.params, self.grads, self.values, execute)

@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.edges import edges_of, lift_edges
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.host_draws import generators_forked, host_states
 from gimli_compile.optimizer_view import OptimizerView, made_up_gradient
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
@@ -43,7 +44,7 @@ class UpdateTable:
         generator = torch.Generator().manual_seed(0)
         params, opt_state = state.params, state.opt_state
         state, hyper = representatives((state, hyper))
-        with outside_transforms(), torch.random.fork_rng():
+        with outside_transforms(), generators_forked():
             for _ in range(2):
                 grads = {name: made_up_gradient(params[name], generator) for name in trained}
                 params, opt_state = self.run(UpdateInputs(params, grads, opt_state, hyper))
@@ -85,10 +86,11 @@ class UpdateTable:
     ) -> Iterator[UpdateVariant]:
         """Yields the known variants that hold before the step, then one that is captured from these values."""
         group = self._variants.setdefault(signature(inputs), [])
+        rewound = host_states() if any(variant.draws_on_host for variant in group) else None
         for variant in list(group):
             if variant.holds(values, watched):
                 yield variant
-        with torch.random.fork_rng():
+        with generators_forked(rewound):
             captured = self._capture(representatives_of(inputs), watched)
         group.append(captured)
         warn_of_baked(captured.baked)
@@ -105,10 +107,8 @@ class UpdateTable:
             wanted = edges & watched
             if not wanted:
                 return replace(variant, edges=edges)
-            lifted = lift_edges(self.view, inputs, variant, wanted, self._captured)
-            if lifted is not None:
-                return replace(lifted, edges=edges, relaxed=wanted)
-            lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted))
+            variant, lifted = lift_edges(self.view, inputs, variant, wanted, self._captured)
+            lost = (_lost_at_edge(path, float(inputs.hyper[path].reshape(-1)[0])) for path in sorted(wanted - lifted))
             return replace(variant, edges=edges, relaxed=wanted, baked=(*variant.baked, *lost))
 
 

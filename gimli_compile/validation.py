@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +15,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
+from gimli_compile.host_draws import generators_forked
 from gimli_compile.optimizer_view import OptimizerView
-from gimli_compile.python_random import generators_kept
+from gimli_compile.owned_generators import generators_kept
 from gimli_compile.recording import Baked
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
@@ -59,16 +59,26 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     return replace(variant, pins=pins, baked=tuple(baked))
 
 
-def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
+def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant, *, smooth: bool = False) -> bool:
     """Tells whether the program gives the optimizer's own results on these values.
 
     State that the eager step leaves alone or does not have is not compared: at a momentum of exactly zero the buffer
-    that the program keeps is dead weight in eager.
+    that the program keeps is dead weight in eager. `smooth` compares only results that have derivatives: a count that
+    was moved off its whole number stays one in the program, but not in eager.
     """
     before = inputs.by_slot()
     eager = eager_results(view, inputs)
-    touched = {s: value for s, value in eager.items() if s.role is Role.PARAM or not _is_same(value, before.get(s))}
-    return not _differing(variant, inputs, touched)
+    touched = {s: v for s, v in eager.items() if s.role is Role.PARAM or not _is_same(v, _before(before, s))}
+    if any(slot not in variant.program.results for slot in touched):
+        return False
+    results = zip(variant.program.results, variant.program.returned, strict=True)
+    counts = {slot for slot, node in results if smooth and not node.meta["val"].is_floating_point()}
+    return not _differing(variant, inputs, {slot: value for slot, value in touched.items() if slot not in counts})
+
+
+def _before(values: Mapping[Slot, torch.Tensor], slot: Slot) -> torch.Tensor | None:
+    """Returns what a slot held before the step: a result does not tell state from hyperparameters."""
+    return values.get(slot, values.get(Slot(Role.HYPER, slot.path)))
 
 
 def _is_same(value: torch.Tensor, before: torch.Tensor | None) -> bool:
@@ -77,7 +87,7 @@ def _is_same(value: torch.Tensor, before: torch.Tensor | None) -> bool:
 
 def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     """Runs the optimizer's own step and returns its results by slot."""
-    with _same_draws(), torch.no_grad():
+    with generators_forked(), torch.no_grad():
         outputs = view.replay(inputs)
     found = {Slot(Role.PARAM, name): value.detach() for name, value in outputs.params.items()}
     for leaf in leaves_of(outputs.skeleton):
@@ -89,12 +99,8 @@ def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch
 
 def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     """Runs the program from the same draws as `eager_results`."""
-    with _same_draws(), generators_kept(inputs.opt_state.skeleton), torch.no_grad():
+    with generators_forked(), generators_kept(inputs.opt_state.skeleton), torch.no_grad():
         return variant.program(inputs.by_slot())
-
-
-def _same_draws() -> AbstractContextManager[None]:
-    return torch.random.fork_rng()
 
 
 def _differing(variant: UpdateVariant, inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]) -> list[Slot]:

@@ -11,7 +11,7 @@ import torch
 from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
-from gimli_compile.recording import Baked
+from gimli_compile.recording import HOST_DRAW, Baked
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import Skeleton
 from gimli_compile.transforms import is_everywhere
@@ -75,6 +75,11 @@ class UpdateVariant:
     def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
         """Tells, after the step, whether the conditions on tensor values held."""
         return all(is_everywhere(results[condition.slot].detach(), condition.outcome) for condition in self.after)
+
+    @property
+    def draws_on_host(self) -> bool:
+        """Tells whether the program takes numbers from the generators of Python or NumPy."""
+        return any(HOST_DRAW in slot.path for slot in self.program.draws)
 
     @property
     def guards(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Derivatives at zero."""
+"""Derivatives at zero and at infinity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def guard_zeros(program: Program) -> Program:
     An adaptive optimizer divides by the root of a mean of squared gradients. Where that mean is exactly zero, the chain
     rule multiplies infinity by zero. The values stay bit-identical.
 
-    A quotient by a number that is always zero is a constant.
+    A quotient by a number that is always zero is a constant. So is a bound that a hyperparameter makes infinite.
 
                                         zero = aten.eq.Scalar(v, 0)
         root = aten.sqrt(v)  becomes    masked_fill = aten.masked_fill.Scalar(v, zero, 1)
@@ -29,14 +29,16 @@ def guard_zeros(program: Program) -> Program:
     """
     copied = program.copy()
     numbers = _numbers(copied)
+    bounds = _bounds(copied)
     for node in list(copied.graph.nodes):
-        if node.op == "call_function" and _is_singular(node, numbers) and not _is_guarded(node):
+        if node.target is aten.div.Tensor and _is_zero(node.args[1]):
+            _stop(copied.graph, node)
+        guard = _guard_infinity if node in bounds else _guard
+        if node in bounds or (node.op == "call_function" and _is_singular(node, numbers) and not _is_guarded(node)):
             with copied.graph.inserting_before(node):
-                guarded = _guard(copied.graph, node)
+                guarded = guard(copied.graph, node)
             node.replace_all_uses_with(guarded)
             copied.graph.erase_node(node)
-        elif node.target is aten.div.Tensor and _is_zero(node.args[1]):
-            _stop(copied.graph, node)
     return copied
 
 
@@ -61,6 +63,38 @@ def _stop(graph: fx.Graph, node: fx.Node) -> None:
     stop.meta["stop"] = True
     for user in users:
         user.replace_input_with(node, stop)
+
+
+def _bounds(program: Program) -> set[fx.Node]:
+    """Returns the products with a hyperparameter that only `minimum` and `maximum` take.
+
+    Such a factor is infinite where there is to be no bound, and the chain rule multiplies it by zero.
+    """
+    hyper = {n for n, s in zip(program.placeholders, program.inputs, strict=True) if s.role is Role.HYPER}
+    found = set()
+    for node in program.graph.nodes:
+        users = {user.target for user in node.users}
+        if node.target is aten.mul.Tensor and users and users <= {aten.minimum.default, aten.maximum.default}:
+            if node.meta["val"].dim() == 0 and not hyper.isdisjoint(node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _guard_infinity(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Returns a product that has the derivative zero where it is infinite."""
+    product = insert_call(graph, aten.mul.Tensor, node.args, like=node)
+    infinite = insert_call(graph, aten.isinf.default, (product,), like=node, name="infinite")
+    safe = []
+    for factor in node.args:
+        filled = factor
+        if isinstance(factor, fx.Node):
+            filled = insert_call(graph, aten.masked_fill.Scalar, (factor, infinite, 1), like=node)
+            filled.meta["guards_zero"] = True
+        safe.append(filled)
+    finite = insert_call(graph, aten.mul.Tensor, safe, like=node)
+    fixed = insert_call(graph, aten.detach.default, (product,), like=node)
+    fixed.meta["stop"] = True
+    return insert_call(graph, aten.where.self, (infinite, fixed, finite), like=node)
 
 
 def _numbers(program: Program) -> set[fx.Node]:

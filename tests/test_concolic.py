@@ -114,6 +114,13 @@ def test_slopes_of_whole_quotients(name):
     assert tuple(slope(program, {"a": 7.5, "b": 2.0}, key) for key in "ab") == expected
 
 
+@pytest.mark.parametrize("left", [7, 7.5])
+def test_slope_of_a_remainder_of_a_plain_number(left):
+    """The operator with a plain number on the left has no derivative."""
+    program = trace(lambda b: left % b, numbers={"b": 2.0}).program
+    assert slope(program, {"b": 2.0}, "b") == -3.0
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_assignment_with_an_operator(name):
     function = getattr(operator, f"i{name}")

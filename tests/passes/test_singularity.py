@@ -160,3 +160,20 @@ def test_guards_survive_common_subexpressions(check_pass):
     check_pass(guard_zeros, made, at={"v": WITH_ZEROS})
     assert guard_zeros(made).code == made.code
     assert text(made).count("aten.sqrt") == 1
+
+
+def bounded(v, growth):
+    """A growth that is unbounded unless a hyperparameter says otherwise."""
+    return torch.minimum(v.sum(), v.mean() * growth) * v
+
+
+def test_a_bound_that_is_infinite(check_pass):
+    program = record(bounded, {"v": V}, numbers={"growth": 2.0})
+    values = {"v": V, "growth": torch.tensor(float("inf"), dtype=torch.float64)}
+    made = check_pass(guard_zeros, program, at=values, same_derivatives=False)
+    assert derivatives(lambda leaves: call(program, leaves), values)["first v"].isnan().all()
+    found = derivatives(lambda leaves: call(made, leaves), values)
+    free = derivatives(lambda leaves: {"output[0]": leaves["v"].sum() * leaves["v"]}, {"v": V})
+    assert found["first growth"] == 0
+    torch.testing.assert_close(found["first v"], free["first v"], rtol=1e-14, atol=0)
+    check_pass(guard_zeros, program, at={"v": V, "growth": torch.tensor(2.0, dtype=torch.float64)})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -62,6 +64,12 @@ class Case:
         return made
 
 
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def eager_step(model, optimizer, grads):
     for name, parameter in model.named_parameters():
         parameter.grad = None if grads[name] is None else grads[name].detach().clone()
@@ -75,7 +83,7 @@ def eager_params(case, prepare=lambda model, optimizer: None, grads=None):
         optimizer.param_groups = [{**g, "params": [p]} for g in optimizer.param_groups for p in g["params"]]
     with torch.no_grad():
         prepare(model, optimizer)
-    torch.manual_seed(23)
+    seed_all(23)
     history = []
     for step_grads in case.gradients(case.steps) if grads is None else grads:
         eager_step(model, optimizer, step_grads)
@@ -93,7 +101,7 @@ def functional_params(case):
 
 def run_functional(case, fn, state, hyper, grads):
     params, opt_state = state.params, state.opt_state
-    torch.manual_seed(23)
+    seed_all(23)
     history = []
     for step_grads in grads:
         params, opt_state = fn.update(params, step_grads, opt_state, hyper)
