@@ -133,11 +133,13 @@ def check_constants(constants: Iterable[torch.Tensor]) -> None:
 
 
 def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:
-    """Refuses a hyperparameter with dimensions that do not fit every parameter of its group."""
+    """Refuses a hyperparameter with dimensions that do not fit every parameter of its group, or not the live tensor."""
+    _check_tensor_shapes(hyper, view)
     names = view.group_names()
     shapes = {name: p.shape for p, name in view.live_params()}
+    owned = {leaf.path for leaf in view.hyper_leaves() if leaf.is_parameter}
     for path, value in hyper.items():
-        if not value.dim() or not path.startswith("groups."):
+        if not value.dim() or not path.startswith("groups.") or path in owned:
             continue
         for name in names[int(path.split(".")[1])]:
             fits = len(value.shape) <= len(shapes[name]) and all(
@@ -153,6 +155,23 @@ def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None
                         "Use `functionalize(..., per_parameter=True)` and a tensor of the parameter's own shape.",
                     )
                 )
+
+
+def _check_tensor_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:
+    """Refuses another shape for a parameter of a module of the optimizer, or for a tensor that it holds."""
+    for leaf in view.hyper_leaves():
+        live, value = view.values[leaf.path], hyper.get(leaf.path)
+        if value is None or not isinstance(live, torch.Tensor):
+            continue
+        if value.shape != live.shape and (leaf.is_parameter or not leaf.path.startswith("groups.")):
+            raise InputError(
+                compose_message(
+                    f"hyper[{leaf.path}] has shape {tuple(value.shape)}, but the optimizer's is {tuple(live.shape)}",
+                    None,
+                    "A program is made for tensors of the shapes that the optimizer holds.",
+                    "Take `hyperparameters()` and replace entries by tensors of the same shape.",
+                )
+            )
 
 
 def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], what: str) -> None:

@@ -11,19 +11,18 @@ from torch import nn
 
 from gimli_compile.argument_checks import (
     check_constants,
-    check_hyper,
     check_loss_function,
     check_model,
     check_optimizer,
     check_optimizer_params,
     check_options,
-    check_shapes,
     check_state,
     check_step,
     check_tensors,
     check_train_state,
 )
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
@@ -33,10 +32,10 @@ from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
 from gimli_compile.slot import Slot
-from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
+from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
 from gimli_compile.transforms import is_differentiated
-from gimli_compile.unrolling import Loop, unroll_steps
+from gimli_compile.unrolling import Loop, Tasks, unroll_steps
 from gimli_compile.update_table import UpdateTable
 
 LossFunction = Callable[..., torch.Tensor]
@@ -103,13 +102,14 @@ class Functional:
         """Returns the live hyperparameters as tensors: all numbers of group i at `hyper[i]`, float64 and 0-dim.
 
         Replace an entry by a tensor that requires a gradient to differentiate with respect to it; by one of the shape
-        of the group's parameter to have one value for each element.
+        of the group's parameter to have one value for each element. Parameters of the optimizer's own modules are at
+        `hyper.modules`, numbers and trained tensors elsewhere on the optimizer at `hyper.attributes`, both by path.
         """
         check_options(self._view)
         skeleton, values = self._view.read()
-        known = {leaf.path for leaf in self._view.hyper_leaves()}
         used = self._used_paths()
-        shown = {path for path in known if path.startswith("groups.") or path in used}
+        leaves = self._view.hyper_leaves()
+        shown = {leaf.path for leaf in leaves if leaf.is_tensor or leaf.path.startswith("groups.") or leaf.path in used}
         return build_hyperparameters(skeleton, values, shown)
 
     def _used_paths(self) -> set[str]:
@@ -119,18 +119,10 @@ class Functional:
             self._updates.example(self.init(), self._hyper_values(None), self._trained)
         return self._updates.used_hyperparameters()
 
-    def _hyper_values(self, hyper: Hyperparameters | None) -> dict[str, torch.Tensor]:
+    def _hyper_values(self, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
         check_options(self._view)
         check_model(self._model_view, self._identity)
-        _, values = self._view.read()
-        leaves = self._view.hyper_leaves()
-        if hyper is None:
-            return {leaf.path: hyper_tensor(values[leaf.path]) for leaf in leaves}
-        given = check_hyper(hyper, {leaf.path for leaf in leaves})
-        check_shapes(given, self._view)
-        return {
-            leaf.path: given[leaf.path] if leaf.path in given else hyper_tensor(values[leaf.path]) for leaf in leaves
-        }
+        return hyper_values(self._view, hyper, tasks)
 
     # ------------------------------------------------------------------ functions
 
@@ -220,7 +212,7 @@ class Functional:
         checkpoint: str | int | None = None,
         order: int = 2,
         truncate: int | None = None,
-        tasks: bool | tuple[int | None, int | None, int | None, int | None] = False,
+        tasks: Tasks = False,
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
 
@@ -244,7 +236,7 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist.
         """
-        values = self._hyper_values(hyper)
+        values = self._hyper_values(hyper, tasks)
 
         model_key = self._model_view.signature()
         checked: list[bool] = []

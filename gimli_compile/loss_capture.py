@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gimli_compile.custom_functions import custom_functions_recorded
+from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import BakedValueWarning, CaptureError, InputError, compose_message
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
@@ -146,7 +146,7 @@ class _Run:
         """Runs the model with the traced tensors, everything recorded."""
         before, attributes = self.view.signature(), self.view.tensor_attributes()
         tensors = {**self.params, **self.buffers}
-        with self.view.substituted(tensors), _differentiable_forms(), torch.enable_grad():
+        with self.view.substituted(tensors), differentiable_forms(), torch.enable_grad():
             recorder = self.recorder
             modules = modules_of(type(module) for module in self.view.model.modules())
             with (
@@ -195,22 +195,6 @@ class _Run:
             title, name, recorder.graph, tuple(recorder.inputs), tuple(results), recorder.constants, recorder.draws
         )
         return Captured(lower(program, LOSS_PASSES), outcomes)
-
-
-@contextmanager
-def _differentiable_forms() -> Iterator[None]:
-    """Runs with attention in its mathematical form and without cuDNN: those kernels have no second derivative.
-
-    Distributions do not check their arguments: a check that raises is no part of a program.
-    """
-    distribution = torch.distributions.Distribution
-    checks = distribution._validate_args
-    distribution.set_default_validate_args(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        distribution.set_default_validate_args(checks)
 
 
 def _warn_of_changes(names: Iterable[str]) -> None:
