@@ -47,6 +47,19 @@ def check_step(optimizer: Any) -> None:
         )
 
 
+def check_callable(model: Any) -> None:
+    """Refuses to call what is no model but a collection of modules and tensors."""
+    if not callable(model):
+        raise InputError(
+            compose_message(
+                f"the model is a {type(model).__name__}, which cannot be called",
+                None,
+                "`forward` calls the model itself, and a collection of modules and tensors has no forward pass.",
+                "Compute what you need from `state.params` and `state.buffers`, for example with `functional_call`.",
+            )
+        )
+
+
 def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
     """Refuses an optimizer over parameters that the model does not have."""
     for index, group in enumerate(optimizer.param_groups):
@@ -58,8 +71,8 @@ def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
                         "is none of the model's",
                         None,
                         "A program knows parameters by the names that the model gives them.",
-                        "Create the optimizer from this model's `parameters()`; if the model was copied, moved or "
-                        "re-initialized since, create the optimizer again.",
+                        "Create the optimizer from this model's `parameters()`, or from the very tensors of a collection; "
+                        "if they were copied, moved or re-initialized since, create the optimizer again.",
                     )
                 )
 

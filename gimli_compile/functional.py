@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from gimli_compile.argument_checks import (
+    check_callable,
     check_constants,
     check_loss_function,
     check_model,
@@ -42,7 +42,7 @@ LossFunction = Callable[..., torch.Tensor]
 
 
 def functionalize(
-    model: nn.Module,
+    model: Any,
     optimizer: Any,
     loss_fn: LossFunction | None = None,
     *,
@@ -51,7 +51,9 @@ def functionalize(
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
     Args:
-        model: any `nn.Module` whose parameters are initialized.
+        model: any `nn.Module` whose parameters are initialized; or what is trained in its place: a tensor, or a pytree
+            of modules and tensors, such as `(generator, discriminator)` or `{"model": model, "images": images}`. The
+            loss gets the same structure; tensors are known by their paths, as `images` or `model.0.weight`.
         optimizer: any optimizer over the model's parameters, fresh or in the middle of training.
         loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
             as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
@@ -72,7 +74,7 @@ class Functional:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, loss_fn: LossFunction | None, *, per_parameter: bool = False
+        self, model: Any, optimizer: Any, loss_fn: LossFunction | None, *, per_parameter: bool = False
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -128,6 +130,7 @@ class Functional:
 
     def forward(self, params: Tensors, buffers: Tensors, *args: Any, **kwargs: Any) -> tuple[Any, Tensors]:
         """Calls the model with these parameters and buffers; returns its output and the new buffers."""
+        check_callable(self.model)
         check_tensors(params, self._model_view.live_params, "params")
         check_tensors(buffers, self._model_view.live_buffers, "buffers")
         return self._losses.forward(params, buffers, args, kwargs)
@@ -301,11 +304,12 @@ class Functional:
         """Returns the numbers that are constants of the captured programs, each with the line that made it one."""
         return [entry for variant in self._updates.variants for entry in variant.baked]
 
-    def load_into(self, model: nn.Module, optimizer: Any, state: TrainState) -> None:
+    def load_into(self, model: Any, optimizer: Any, state: TrainState) -> None:
         """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure."""
-        check_tensors(state.params, dict(model.named_parameters()), "state.params")
-        check_tensors(state.buffers, dict(model.named_buffers()), "state.buffers")
-        write_back(self._view, model, optimizer, state)
+        live = ModelView(model)
+        check_tensors(state.params, live.live_params, "state.params")
+        check_tensors(state.buffers, live.live_buffers, "state.buffers")
+        write_back(self._view, live, optimizer, state)
 
     def __repr__(self) -> str:
         return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"

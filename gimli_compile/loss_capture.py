@@ -28,6 +28,7 @@ from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
 from gimli_compile.transforms import is_everywhere
+from gimli_compile.tree_paths import named_leaves
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,6 @@ class Forward:
 
 
 _TENSOR = object()
-
-
-def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yields path and value of the leaves of a pytree, the path as `0.x`."""
-    pairs, _ = pytree.tree_flatten_with_path(tree)
-    for path, value in pairs:
-        yield ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path), value
 
 
 def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:
@@ -148,7 +142,7 @@ class _Run:
         tensors = {**self.params, **self.buffers}
         with self.view.substituted(tensors), differentiable_forms(), torch.enable_grad():
             recorder = self.recorder
-            modules = modules_of(type(module) for module in self.view.model.modules())
+            modules = modules_of(type(module) for module in self.view.modules())
             with (
                 recorder.in_region(Region.LOSS),
                 custom_functions_recorded(recorder),
@@ -238,7 +232,7 @@ def capture_gradient(
     """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
     run = _Run(view, params, buffers)
     traced_batch = run.add_tree(Role.BATCH, batch)
-    arguments = (view.model, traced_batch)
+    arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
     if takes_meta(loss_fn):
         arguments = (*arguments, run.add_tree(Role.META, meta))
     trained = {name: run.params[name] for name in wanted}

@@ -16,7 +16,7 @@ from gimli_compile.snapshot import GROUPS, Again, Container, Leaf, ParamRef, fre
 from gimli_compile.state import TrainState
 
 
-def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: TrainState) -> None:
+def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState) -> None:
     """Copies parameters and buffers in place, and gives the optimizer the state's structure and values."""
     if type(optimizer) is not type(view.optimizer):
         raise InputError(
@@ -38,7 +38,6 @@ def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: Tra
                 "Create the optimizer with the same groups.",
             )
         )
-    live = ModelView(model)
     with torch.no_grad():
         for name, value in state.params.items():
             live.live_params[name].copy_(value.detach())
@@ -60,7 +59,7 @@ def _write_optimizer(view: OptimizerView, live: ModelView, optimizer: Any, state
 class _Writing:
     """Builds what a live optimizer is to hold; its own objects and parameters are filled, not replaced."""
 
-    def __init__(self, state: TrainState, params: Mapping[str, nn.Parameter], present: Mapping[str, Any]) -> None:
+    def __init__(self, state: TrainState, params: Mapping[str, torch.Tensor], present: Mapping[str, Any]) -> None:
         self.state = state.opt_state
         self.params = params
         self.present = present
