@@ -71,8 +71,8 @@ def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
                         "is none of the model's",
                         None,
                         "A program knows parameters by the names that the model gives them.",
-                        "Create the optimizer from this model's `parameters()`, or from the very tensors of a collection; "
-                        "if they were copied, moved or re-initialized since, create the optimizer again.",
+                        "Create the optimizer from this model's `parameters()`, or from the very tensors of a "
+                        "collection; if they were copied, moved or re-initialized since, create it again.",
                     )
                 )
 
