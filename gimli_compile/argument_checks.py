@@ -41,6 +41,19 @@ def check_plain(protocol: Protocol | None, name: str) -> None:
         )
 
 
+def check_callable(model: Any) -> None:
+    """Refuses to call what is no model but a collection of modules and tensors."""
+    if not callable(model):
+        raise InputError(
+            compose_message(
+                f"the model is a {type(model).__name__}, which cannot be called",
+                None,
+                "`forward` calls the model itself, and a collection of modules and tensors has no forward pass.",
+                "Compute what you need from `state.params` and `state.buffers`, for example with `functional_call`.",
+            )
+        )
+
+
 def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
     """Refuses an optimizer over parameters that the model does not have."""
     for index, group in enumerate(optimizer.param_groups):
@@ -52,8 +65,8 @@ def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
                         "is none of the model's",
                         None,
                         "A program knows parameters by the names that the model gives them.",
-                        "Create the optimizer from this model's `parameters()`; if the model was copied, moved or "
-                        "re-initialized since, create the optimizer again.",
+                        "Create the optimizer from this model's `parameters()`, or from the very tensors of a "
+                        "collection; if they were copied, moved or re-initialized since, create it again.",
                     )
                 )
 
@@ -134,11 +147,13 @@ def check_constants(constants: Iterable[torch.Tensor]) -> None:
 
 
 def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:
-    """Refuses a hyperparameter with dimensions that do not fit every parameter of its group."""
+    """Refuses a hyperparameter with dimensions that do not fit every parameter of its group, or not the live tensor."""
+    _check_tensor_shapes(hyper, view)
     names = view.group_names()
     shapes = {name: p.shape for p, name in view.live_params()}
+    owned = {leaf.path for leaf in view.hyper_leaves() if leaf.is_parameter}
     for path, value in hyper.items():
-        if not value.dim() or not path.startswith("groups."):
+        if not value.dim() or not path.startswith("groups.") or path in owned:
             continue
         for name in names[int(path.split(".")[1])]:
             fits = len(value.shape) <= len(shapes[name]) and all(
@@ -154,6 +169,23 @@ def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None
                         "Use `functionalize(..., per_parameter=True)` and a tensor of the parameter's own shape.",
                     )
                 )
+
+
+def _check_tensor_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:
+    """Refuses another shape for a parameter of a module of the optimizer, or for a tensor that it holds."""
+    for leaf in view.hyper_leaves():
+        live, value = view.values[leaf.path], hyper.get(leaf.path)
+        if value is None or not isinstance(live, torch.Tensor):
+            continue
+        if value.shape != live.shape and (leaf.is_parameter or not leaf.path.startswith("groups.")):
+            raise InputError(
+                compose_message(
+                    f"hyper[{leaf.path}] has shape {tuple(value.shape)}, but the optimizer's is {tuple(live.shape)}",
+                    None,
+                    "A program is made for tensors of the shapes that the optimizer holds.",
+                    "Take `hyperparameters()` and replace entries by tensors of the same shape.",
+                )
+            )
 
 
 def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], what: str) -> None:

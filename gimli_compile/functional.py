@@ -7,23 +7,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from gimli_compile.argument_checks import (
+    check_callable,
     check_constants,
     check_functions,
-    check_hyper,
     check_model,
     check_optimizer,
     check_optimizer_params,
     check_options,
     check_plain,
-    check_shapes,
     check_state,
     check_tensors,
     check_train_state,
 )
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
@@ -33,14 +32,14 @@ from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
-from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
+from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
 from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
-from gimli_compile.unrolling import Loop, unroll_steps
+from gimli_compile.unrolling import Loop, Tasks, unroll_steps
 from gimli_compile.update_table import UpdateTable
 from gimli_compile.update_values import UpdateInputs
 
@@ -49,7 +48,7 @@ TrainStep = Callable[..., Any]
 
 
 def functionalize(
-    model: nn.Module,
+    model: Any,
     optimizer: Any,
     loss_fn: LossFunction | None = None,
     *,
@@ -59,7 +58,9 @@ def functionalize(
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
     Args:
-        model: any `nn.Module` whose parameters are initialized.
+        model: any `nn.Module` whose parameters are initialized; or what is trained in its place: a tensor, or a pytree
+            of modules and tensors, such as `(generator, discriminator)` or `{"model": model, "images": images}`. The
+            loss gets the same structure; tensors are known by their paths, as `images` or `model.0.weight`.
         optimizer: any optimizer over the model's parameters, fresh or in the middle of training.
         loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
             as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
@@ -86,7 +87,7 @@ class Functional:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         optimizer: Any,
         loss_fn: LossFunction | None,
         *,
@@ -101,7 +102,7 @@ class Functional:
         check_functions(loss_fn, train_step)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)
-        names, modules = self._model_view.param_names, set(map(id, model.modules()))
+        names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(optimizer, names, per_parameter=per_parameter, opaque=modules)
         kind = type(optimizer)
         self._title = f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}"
@@ -137,13 +138,14 @@ class Functional:
         """Returns the live hyperparameters as tensors: all numbers of group i at `hyper[i]`, float64 and 0-dim.
 
         Replace an entry by a tensor that requires a gradient to differentiate with respect to it; by one of the shape
-        of the group's parameter to have one value for each element.
+        of the group's parameter to have one value for each element. Parameters of the optimizer's own modules are at
+        `hyper.modules`, numbers and trained tensors elsewhere on the optimizer at `hyper.attributes`, both by path.
         """
         check_options(self._view)
         skeleton, values = self._view.read()
-        known = {leaf.path for leaf in self._view.hyper_leaves()}
         used = self._used_paths()
-        shown = {path for path in known if path.startswith("groups.") or path in used}
+        leaves = self._view.hyper_leaves()
+        shown = {leaf.path for leaf in leaves if leaf.is_tensor or leaf.path.startswith("groups.") or leaf.path in used}
         return build_hyperparameters(skeleton, values, shown)
 
     def _used_paths(self) -> set[str]:
@@ -170,23 +172,16 @@ class Functional:
                 state, _ = stepper.step(StepInputs(state, None, hyper, None))
         return stepper.table
 
-    def _hyper_values(self, hyper: Hyperparameters | None) -> dict[str, torch.Tensor]:
+    def _hyper_values(self, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
         check_options(self._view)
         check_model(self._model_view, self._identity)
-        _, values = self._view.read()
-        leaves = self._view.hyper_leaves()
-        if hyper is None:
-            return {leaf.path: hyper_tensor(values[leaf.path]) for leaf in leaves}
-        given = check_hyper(hyper, {leaf.path for leaf in leaves})
-        check_shapes(given, self._view)
-        return {
-            leaf.path: given[leaf.path] if leaf.path in given else hyper_tensor(values[leaf.path]) for leaf in leaves
-        }
+        return hyper_values(self._view, hyper, tasks)
 
     # ------------------------------------------------------------------ functions
 
     def forward(self, params: Tensors, buffers: Tensors, *args: Any, **kwargs: Any) -> tuple[Any, Tensors]:
         """Calls the model with these parameters and buffers; returns its output and the new buffers."""
+        check_callable(self.model)
         check_tensors(params, self._model_view.live_params, "params")
         check_tensors(buffers, self._model_view.live_buffers, "buffers")
         return self._losses.forward(params, buffers, args, kwargs)
@@ -249,7 +244,7 @@ class Functional:
         checkpoint: str | int | None = None,
         order: int = 2,
         truncate: int | None = None,
-        tasks: bool | tuple[int | None, int | None, int | None, int | None] = False,
+        tasks: Tasks = False,
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
 
@@ -273,7 +268,7 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist.
         """
-        values = self._hyper_values(hyper)
+        values = self._hyper_values(hyper, tasks)
 
         model_key = self._model_view.signature()
         checked: list[bool] = []
@@ -342,11 +337,12 @@ class Functional:
         whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
         return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
 
-    def load_into(self, model: nn.Module, optimizer: Any, state: TrainState) -> None:
+    def load_into(self, model: Any, optimizer: Any, state: TrainState) -> None:
         """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure."""
-        check_tensors(state.params, dict(model.named_parameters()), "state.params")
-        check_tensors(state.buffers, dict(model.named_buffers()), "state.buffers")
-        write_back(self._view, model, optimizer, state)
+        live = ModelView(model)
+        check_tensors(state.params, live.live_params, "state.params")
+        check_tensors(state.buffers, live.live_buffers, "state.buffers")
+        write_back(self._view, live, optimizer, state)
 
     def __repr__(self) -> str:
         return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"

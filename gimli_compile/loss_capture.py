@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gimli_compile.custom_functions import custom_functions_recorded
+from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
@@ -114,7 +114,7 @@ class _Run:
         tensors = {**self.params, **self.buffers}
         with self.view.substituted(tensors), differentiable_forms(), torch.enable_grad():
             recorder = self.recorder
-            modules = modules_of(type(module) for module in self.view.model.modules())
+            modules = modules_of(type(module) for module in self.view.modules())
             with (
                 recorder.in_region(Region.LOSS),
                 draws_refused(recorder),
@@ -164,22 +164,6 @@ class _Run:
         return Captured(lower(program, LOSS_PASSES), outcomes)
 
 
-@contextmanager
-def differentiable_forms() -> Iterator[None]:
-    """Runs with attention in its mathematical form and without cuDNN: those kernels have no second derivative.
-
-    Distributions do not check their arguments: a check that raises is no part of a program.
-    """
-    distribution = torch.distributions.Distribution
-    checks = distribution._validate_args
-    distribution.set_default_validate_args(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        distribution.set_default_validate_args(checks)
-
-
 def warn_of_changes(names: Iterable[str]) -> None:
     """Warns of plain attributes that the model changes while it runs."""
     for name in names:
@@ -217,7 +201,7 @@ def capture_gradient(
     """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
     run = _Run(view, params, buffers)
     traced_batch = run.add_tree(Role.BATCH, batch)
-    arguments = (view.model, traced_batch)
+    arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
     if takes_meta(loss_fn):
         arguments = (*arguments, run.add_tree(Role.META, meta))
     trained = {name: run.params[name] for name in wanted}

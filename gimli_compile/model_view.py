@@ -8,35 +8,69 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.snapshot import is_number
+from gimli_compile.tree_paths import named_leaves
 
 
 class ModelView:
     """The live model, read and run without being changed.
 
-    A tensor is known by the first name under which `named_parameters` and `named_buffers` give it, however many
-    modules hold it.
+    A model is a module, a tensor, or any pytree of modules and tensors. A tensor is known by the first name that it
+    has, however many modules hold it: the name that `named_parameters` or `named_buffers` gives it, after the path of
+    the module in the pytree (`generator.0.weight`), or its own path in the pytree (`weights.w1`). A tensor that is the
+    whole model is called `0`. Tensors of a pytree are parameters; those that the optimizer does not have stay as they
+    are.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(f"the model is a {type(model).__name__}. Pass an instance of `torch.nn.Module`.")
+    def __init__(self, model: Any) -> None:
         self.model = model
-        _refuse_uninitialized(model)
-        self.param_names = {id(p): name for name, p in model.named_parameters()}
-        self.buffer_names = {id(b): name for name, b in model.named_buffers()}
+        _refuse_nothing(model)
+        _refuse_uninitialized(self)
+        self.param_names = {id(p): name for name, p in self.live_params.items()}
+        self.buffer_names = {id(b): name for name, b in self.live_buffers.items()}
 
     @property
-    def live_params(self) -> dict[str, nn.Parameter]:
+    def live_params(self) -> dict[str, torch.Tensor]:
         """The live parameters by name."""
-        return dict(self.model.named_parameters())
+        if isinstance(self.model, nn.Module):
+            return dict(self.model.named_parameters())
+        found: dict[str, torch.Tensor] = {}
+        buffers = {id(buffer) for buffer in self.live_buffers.values()}
+        for path, leaf in _parts(self.model):
+            if isinstance(leaf, nn.Module):
+                found.update(leaf.named_parameters(prefix=path))
+            elif id(leaf) not in buffers:
+                found[path] = leaf
+        return _each_once(found)
 
     @property
     def live_buffers(self) -> dict[str, torch.Tensor]:
         """The live buffers by name."""
-        return dict(self.model.named_buffers())
+        if isinstance(self.model, nn.Module):
+            return dict(self.model.named_buffers())
+        found: dict[str, torch.Tensor] = {}
+        for path, leaf in _parts(self.model):
+            found.update(leaf.named_buffers(prefix=path) if isinstance(leaf, nn.Module) else ())
+        return _each_once(found)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yields all modules, each once."""
+        seen: set[int] = set()
+        for _, leaf in _parts(self.model):
+            for module in leaf.modules() if isinstance(leaf, nn.Module) else ():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield module
+
+    def filled(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Returns the model with `tensors`, by name, in place of those of its pytree; modules are the live ones."""
+        if isinstance(self.model, nn.Module):
+            return self.model
+        names = {**self.param_names, **self.buffer_names}
+        return pytree.tree_map_only(torch.Tensor, lambda leaf: tensors[names[id(leaf)]], self.model)
 
     def as_leaf(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Returns a leaf with a copy of the value of a parameter, trained or frozen as the live one, with its hooks."""
@@ -50,10 +84,14 @@ class ModelView:
 
     def signature(self) -> tuple[Any, ...]:
         """Returns what a captured program of this model depends on besides tensors: training flags and options."""
-        return tuple(
+        found = tuple(
             (id(module), *((key, value) for key, value in vars(module).items() if _is_option(value)))
-            for module in self.model.modules()
+            for module in self.modules()
         )
+        if isinstance(self.model, nn.Module):
+            return found
+        others = ((path, leaf) for path, leaf in named_leaves(self.model) if _is_option(leaf))
+        return (*found, (id(self.model), *others))
 
     @contextmanager
     def substituted(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -64,7 +102,7 @@ class ModelView:
         """
         live = {**self.live_params, **self.live_buffers}
         by_id = {id(live[name]): tensor for name, tensor in tensors.items() if name in live}
-        before = [(module, vars(module)) for module in self.model.modules()]
+        before = [(module, vars(module)) for module in self.modules()]
         try:
             for module, attributes in before:
                 module.__dict__ = {key: _replace(value, by_id) for key, value in attributes.items()}
@@ -77,18 +115,18 @@ class ModelView:
         """Returns the tensors that modules hold as plain attributes, by module and name."""
         return {
             (id(module), key): value
-            for module in self.model.modules()
+            for module in self.modules()
             for key, value in vars(module).items()
             if isinstance(value, torch.Tensor)
         }
 
     def identity(self) -> dict[str, tuple[int, bool]]:
         """Returns which parameters the model has now, and which of them require gradients."""
-        return {name: (id(p), p.requires_grad) for name, p in self.model.named_parameters()}
+        return {name: (id(p), p.requires_grad) for name, p in self.live_params.items()}
 
     def read_buffers(self) -> dict[str, torch.Tensor]:
         """Returns the present buffers by the names of the live ones; inside `substituted`, the new ones."""
-        return dict(self.model.named_buffers())
+        return self.live_buffers
 
 
 def changed_attributes(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[str]:
@@ -118,8 +156,40 @@ def _replace(value: Any, by_id: Mapping[int, torch.Tensor]) -> Any:
     return value
 
 
-def _refuse_uninitialized(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+def _parts(model: Any) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
+    """Yields the modules and tensors of a pytree with their paths."""
+    for path, leaf in named_leaves(model):
+        if isinstance(leaf, (nn.Module, torch.Tensor)):
+            yield path if path or isinstance(leaf, nn.Module) else "0", leaf
+
+
+def _each_once(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors by the first of their names."""
+    first: dict[int, str] = {}
+    return {name: tensor for name, tensor in named.items() if first.setdefault(id(tensor), name) == name}
+
+
+def _refuse_nothing(model: Any) -> None:
+    if next(_parts(model), None) is None:
+        raise InputError(
+            f"the model is a {type(model).__name__} without tensors. Pass an instance of `torch.nn.Module`, a tensor, "
+            "or lists, tuples and dicts of them."
+        )
+    for path, leaf in named_leaves(model):
+        if isinstance(leaf, (nn.Module, torch.Tensor)) or _is_option(leaf):
+            continue
+        raise InputError(
+            compose_message(
+                f"the model has a {type(leaf).__name__} at {path!r}, which is neither a module nor a tensor",
+                None,
+                "What such an object holds would not be seen.",
+                "Put its modules and tensors themselves into the lists, tuples or dicts.",
+            )
+        )
+
+
+def _refuse_uninitialized(view: ModelView) -> None:
+    for name, tensor in (*view.live_params.items(), *view.live_buffers.items()):
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise InputError(
                 compose_message(

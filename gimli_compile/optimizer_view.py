@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.owned_generators import generators_kept
@@ -48,7 +49,17 @@ class OptimizerView:
         self.opaque = opaque
         self.skeleton, self.values = self.read()
         self.options = self.read_options()
-        self.changing: set[str] = set()
+        self.changing = set()
+
+    @property
+    def changing(self) -> set[str]:
+        """The paths of the numbers that a step was seen to change."""
+        return self._changing
+
+    @changing.setter
+    def changing(self, paths: set[str]) -> None:
+        self._changing = paths
+        self.hyper_paths = {leaf.path for leaf in leaves_of(self.skeleton) if self._is_hyper(leaf)}
 
     # ------------------------------------------------------------------ reading
 
@@ -85,14 +96,18 @@ class OptimizerView:
             for group in self.optimizer.param_groups
         )
 
-    def is_hyper(self, leaf: Leaf) -> bool:
-        """Tells whether a leaf is a hyperparameter: a number that no step was seen to change, outside of `state`."""
+    def _is_hyper(self, leaf: Leaf) -> bool:
+        """Tells whether a leaf is a hyperparameter: what no step was seen to change, outside of `state`.
+
+        That is any number, and a floating tensor that is a parameter, requires a gradient or is in a group.
+        """
         if leaf.path in self.changing or leaf.path in self._state_paths():
             return False
         if leaf.kind != "tensor":
             return True
         value = self.values[leaf.path]
-        return leaf.path.startswith("groups.") and isinstance(value, torch.Tensor) and value.is_floating_point()
+        declared = leaf.path.startswith("groups.") or leaf.is_parameter or leaf.requires_grad
+        return declared and isinstance(value, torch.Tensor) and value.is_floating_point()
 
     def _state_paths(self) -> set[str]:
         """Returns the paths below `state`, and of all that is kept for a parameter."""
@@ -104,16 +119,13 @@ class OptimizerView:
 
     def hyper_leaves(self) -> list[Leaf]:
         """Returns the leaves that are hyperparameters."""
-        return [leaf for leaf in leaves_of(self.skeleton) if self.is_hyper(leaf)]
+        return [leaf for leaf in leaves_of(self.skeleton) if leaf.path in self.hyper_paths]
 
     def opt_state(self) -> OptState:
         """Returns copies of the live state."""
         skeleton, values = self.read()
-        kept = [leaf for leaf in leaves_of(skeleton) if not self._is_live_hyper(leaf)]
+        kept = [leaf for leaf in leaves_of(skeleton) if leaf.path not in self.hyper_paths]
         return OptState(skeleton, share_counters({leaf.path: to_tensor(values[leaf.path], leaf.kind) for leaf in kept}))
-
-    def _is_live_hyper(self, leaf: Leaf) -> bool:
-        return leaf.path in self.values and self.is_hyper(leaf)
 
     def classes(self) -> list[type]:
         """Returns the classes of the objects that make up the optimizer."""
@@ -176,8 +188,8 @@ class OptimizerView:
         }
         names = {id(leaf): name for name, leaf in leaves.items()}
         held = {name: grads.get(name) for name in leaves}
-        fill = installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__)
-        with generators_kept(skeleton), fill, grads_set(leaves, held):
+        fill = installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__)
+        with generators_kept(skeleton), fill, grads_set(leaves, held), differentiable_forms():
             with flags_cleared(self.optimizer):
                 self.execute(execute)
             after, found = freeze(self.optimizer, names, self.opaque)
@@ -221,6 +233,15 @@ def plain_values(inputs: UpdateInputs) -> dict[str, Any]:
     """Returns all values of an update's optimizer as its own code has them, by path."""
     leaves = leaves_of(inputs.opt_state.skeleton)
     return {leaf.path: plain_value(inputs.value_of(leaf), leaf.kind) for leaf in leaves}
+
+
+def as_declared(leaf: Leaf, value: Any) -> Any:
+    """Returns a value as a parameter, or as a tensor that requires a gradient, where the optimizer holds one."""
+    if leaf.is_parameter and not isinstance(value, torch.nn.Parameter):
+        return as_leaf(value, requires_grad=leaf.requires_grad)
+    if leaf.requires_grad and not value.requires_grad:
+        return value.detach().clone().requires_grad_()
+    return value
 
 
 def plain_value(value: torch.Tensor, kind: str) -> Any:

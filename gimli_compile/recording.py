@@ -116,6 +116,11 @@ class Recorder(TorchDispatchMode):
         self._reach[_storage(tensor)] = reach
         return node
 
+    def add_stand_in(self, tensor: torch.Tensor, known: torch.Tensor) -> None:
+        """Announces a tensor that stands for a known one, of the same value."""
+        self._nodes[tensor] = self.node_of(known)
+        self._reach[_storage(tensor)] = self._reach[_storage(known)]
+
     @contextmanager
     def _at_inputs(self) -> Iterator[None]:
         last = self._last_input

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,12 +11,12 @@ from torch import nn
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import OptimizerView, plain_value
+from gimli_compile.optimizer_view import OptimizerView, as_declared, plain_value
 from gimli_compile.snapshot import GROUPS, Again, Container, Leaf, ParamRef, freeze
 from gimli_compile.state import TrainState
 
 
-def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: TrainState) -> None:
+def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState) -> None:
     """Copies parameters and buffers in place, and gives the optimizer the state's structure and values."""
     if type(optimizer) is not type(view.optimizer):
         raise InputError(
@@ -36,7 +38,6 @@ def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: Tra
                 "Create the optimizer with the same groups.",
             )
         )
-    live = ModelView(model)
     with torch.no_grad():
         for name, value in state.params.items():
             live.live_params[name].copy_(value.detach())
@@ -46,37 +47,68 @@ def write_back(view: OptimizerView, model: nn.Module, optimizer: Any, state: Tra
 
 
 def _write_optimizer(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState) -> None:
-    skeleton = state.opt_state.skeleton
+    root = state.opt_state.skeleton.root
     _, present = freeze(optimizer, live.param_names)
-    params = live.live_params
-    made: dict[int, Any] = {}
-
-    def value_of(leaf: Leaf) -> Any:
-        if leaf.path in state.opt_state.values_by_path:
-            return plain_value(state.opt_state[leaf.path], leaf.kind)
-        return present.get(leaf.path, view.values.get(leaf.path))
-
-    def build(part: Any) -> Any:
-        if isinstance(part, Leaf):
-            return value_of(part)
-        if isinstance(part, ParamRef):
-            return params[part.name]
-        if isinstance(part, Again):
-            return made[part.index]
-        if not isinstance(part, Container):
-            return part
-        if part.owner is not None and part.owner is not view.optimizer:
-            made[part.index] = part.owner
-            vars(part.owner).update({key: build(item) for key, item in part.items})
-            return part.owner
-        pairs = [(build(key) if isinstance(key, ParamRef) else key, build(item)) for key, item in part.items]
-        made[part.index] = part.make(pairs)
-        return made[part.index]
-
-    attributes = build(skeleton.root)
-    groups = attributes.pop(GROUPS)
-    _write_groups(optimizer, groups, state)
+    writing = _Writing(state, live.live_params, {**view.values, **present})
+    writing.made[root.index] = optimizer
+    attributes = writing.attributes_of(root, optimizer)
+    _write_groups(optimizer, attributes.pop(GROUPS), state)
     vars(optimizer).update(attributes)
+
+
+class _Writing:
+    """Builds what a live optimizer is to hold; its own objects and parameters are filled, not replaced."""
+
+    def __init__(self, state: TrainState, params: Mapping[str, torch.Tensor], present: Mapping[str, Any]) -> None:
+        self.state = state.opt_state
+        self.params = params
+        self.present = present
+        self.made: dict[int, Any] = {}
+        self.values: dict[str, Any] = {}
+
+    def build(self, part: Any, there: Any) -> Any:
+        """Builds a part; `there` is what the optimizer has in its place, and None if there is nothing."""
+        if isinstance(part, Leaf):
+            if part.path not in self.values:
+                self.values[part.path] = self._value_of(part, there)
+            return self.values[part.path]
+        if isinstance(part, ParamRef):
+            return self.params[part.name]
+        if isinstance(part, Again):
+            return self.made[part.index]
+        return self._container(part, there) if isinstance(part, Container) else part
+
+    def _value_of(self, leaf: Leaf, there: Any) -> Any:
+        if leaf.path not in self.state.values_by_path:
+            return self.present.get(leaf.path)
+        value = plain_value(self.state[leaf.path], leaf.kind)
+        if not isinstance(there, nn.Parameter):
+            return as_declared(leaf, value)
+        with torch.no_grad():
+            return there.copy_(value)
+
+    def _container(self, part: Container, there: Any) -> Any:
+        if part.owner is not None:
+            owner = there if type(there) is type(part.owner) else object.__new__(type(part.owner))
+            self.made[part.index] = owner
+            vars(owner).update(self.attributes_of(part, owner))
+            return owner
+        pairs = [(self.build(key, None) if isinstance(key, ParamRef) else key, item) for key, item in part.items]
+        self.made[part.index] = part.make([(key, self.build(item, _item(there, key))) for key, item in pairs])
+        return self.made[part.index]
+
+    def attributes_of(self, part: Container, owner: Any) -> dict[str, Any]:
+        """Builds the attributes of an object."""
+        return {key: self.build(item, vars(owner).get(key)) for key, item in part.items}
+
+
+def _item(container: Any, key: Any) -> Any:
+    """Returns what a live container has at a key, None if it has nothing there."""
+    if isinstance(container, dict):
+        return container.get(key)
+    if isinstance(container, (list, tuple, deque)) and key < len(container):
+        return container[key]
+    return None
 
 
 def _write_groups(optimizer: Any, groups: list[dict[str, Any]], state: TrainState) -> None:

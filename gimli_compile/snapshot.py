@@ -2,6 +2,7 @@
 
 `freeze` walks an object and whatever it owns (dicts, lists, deques, objects with attributes) and gives a skeleton: the
 same structure with a `Leaf` in the place of every tensor and number and a `ParamRef` in the place of every parameter.
+Modules that the object owns are walked as well: what is registered in them is named as they name it (`net.0.weight`).
 `installed` builds the structure again from a skeleton, with values of the caller's choice, inside the live objects;
 on leaving, the live objects have back exactly what they had.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import sys
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +28,21 @@ GROUPS = "param_groups"
 
 @dataclass(frozen=True)
 class Leaf:
-    """The place of one tensor or number. `path` names it, `kind` is tensor, int or float."""
+    """The place of one tensor or number. `path` names it, `kind` is tensor, int or float.
+
+    `requires_grad` and `is_parameter` say it of a tensor that no operator made; `of_module` of a module's parameter.
+    """
 
     path: str
     kind: str
+    requires_grad: bool = False
+    is_parameter: bool = False
+    of_module: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        """Tells a tensor from a number."""
+        return self.kind == "tensor"
 
 
 @dataclass(frozen=True)
@@ -103,13 +116,19 @@ class _Walk:
         self.key: list[Any] = []
         self._seen: dict[int, Any] = {}
         self._keep: list[Any] = []
+        self._registered: set[int] = set()
         self._count = 0
 
-    def visit(self, value: Any, path: tuple[str, ...]) -> Any:
+    def visit(self, value: Any, path: tuple[str, ...], *, constant: bool = False) -> Any:
+        """Returns the part of a skeleton for a value; numbers are a part of the structure where `constant` says so."""
         if isinstance(value, torch.Tensor):
             return self._visit_tensor(value, path)
         if is_number(value):
-            return self._leaf(value, path, "int" if isinstance(value, (int, np.integer)) else "float")
+            if constant:
+                self.key.append(("constant", value))
+                return value
+            kind = "int" if isinstance(value, (int, np.integer)) else "float"
+            return self._leaf(Leaf(self._free_text(path), kind), value)
         make, items, owner = (None, [], None) if id(value) in self.opaque else _open(value)
         if make is None:
             self.key.append(_static_key(value))
@@ -123,11 +142,20 @@ class _Walk:
         self._count += 1
         self._keep.append(value)
         self.key.append((type(value).__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
-        parts = tuple((self._visit_key(key), self.visit(item, (*path, self._step(key)))) for key, item in items)
+        if isinstance(value, torch.nn.Module):
+            self._registered.update(id(parameter) for parameter in value._parameters.values())
+        parts = tuple((self._visit_key(key), self._visit_item(value, key, item, path, constant)) for key, item in items)
         part = Container(index, make, parts, owner, isinstance(value, tuple))
         if group is not None:
             self.groups[group] = part
         return part
+
+    def _visit_item(self, owner: Any, key: Any, item: Any, path: tuple[str, ...], constant: bool) -> Any:
+        if not isinstance(owner, torch.nn.Module):
+            return self.visit(item, (*path, self._step(key)), constant=constant)
+        if key in _REGISTRIES:
+            return self.visit(item, path)
+        return self.visit(item, (*path, key), constant=type(owner).__module__.startswith("torch."))
 
     def _visit_tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
         name = self.names.get(id(value))
@@ -139,16 +167,26 @@ class _Walk:
             self.key.append(("leaf again", known.path))
             return known
         self._keep.append(value)
-        leaf = self._seen[id(value)] = self._leaf(value, path, "tensor")
+        leaf = Leaf(
+            self._free_text(path),
+            "tensor",
+            value.requires_grad and value.is_leaf,
+            isinstance(value, torch.nn.Parameter),
+            id(value) in self._registered,
+        )
+        self._seen[id(value)] = leaf
+        return self._leaf(leaf, value)
+
+    def _leaf(self, leaf: Leaf, value: Any) -> Leaf:
+        self.values[leaf.path] = value
+        self.key.append((leaf.kind, leaf.path, leaf.requires_grad, leaf.is_parameter, leaf.of_module))
         return leaf
 
-    def _leaf(self, value: Any, path: tuple[str, ...], kind: str) -> Leaf:
+    def _free_text(self, path: tuple[str, ...]) -> str:
         text = _path_text(path)
         while text in self.values:
             text += "_"
-        self.values[text] = value
-        self.key.append((kind, text))
-        return Leaf(text, kind)
+        return text
 
     def _visit_key(self, key: Any) -> Any:
         if isinstance(key, torch.Tensor):
@@ -175,6 +213,8 @@ def _static_key(value: Any) -> Any:
         return value
     if isinstance(value, FunctionType):
         return ("function", value.__code__, tuple(map(_cell_key, value.__closure__ or ())))
+    if isinstance(value, weakref.ReferenceType):
+        return "weak reference"
     return ("object", id(value))
 
 
@@ -189,6 +229,7 @@ def _cell_key(cell: Any) -> Any:
     return held if isinstance(held, (bool, str, bytes, type, torch.dtype, torch.device)) else type(held)
 
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _OPAQUE = (
     enum.Enum,
     type,
@@ -222,8 +263,11 @@ def _open(value: Any) -> tuple[Callable[[list[Any]], Any] | None, list[tuple[Any
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """Returns the attributes, groups and state first: what several attributes share is named after those."""
-    return sorted(vars(value).items(), key=lambda pair: pair[0] not in (GROUPS, "state"))
+    """Returns the attributes in the order in which they name what they share: groups and state, modules, the others."""
+    first = (GROUPS, "state")
+    return sorted(
+        vars(value).items(), key=lambda pair: (pair[0] not in first, not isinstance(pair[1], torch.nn.Module))
+    )
 
 
 def _is_owned_object(value: Any) -> bool:

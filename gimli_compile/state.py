@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.snapshot import Again, Container, Leaf, Skeleton, Value
+from gimli_compile.snapshot import Again, Container, Leaf, Skeleton, Value, leaves_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,8 +50,9 @@ class TrainState:
 class Hyperparameters:
     """The numbers that the optimizer reads and never changes. A pytree.
 
-    `hyper[i]` belongs to parameter group i: `{"lr": f64[], "betas": (f64[], f64[])}`. `attributes` holds numbers found
-    on the optimizer object itself, by path. `modules` holds parameters of modules that the optimizer owns, by path.
+    `hyper[i]` belongs to parameter group i: `{"lr": f64[], "betas": (f64[], f64[])}`. `attributes` holds numbers, and
+    tensors that require a gradient, found on the optimizer object itself, by path. `modules` holds the parameters of
+    modules that the optimizer owns, in their own dtypes, by path: `net.0.weight` for `optimizer.net[0].weight`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], attributes: Tensors, modules: Tensors | None = None) -> None:
@@ -70,6 +71,7 @@ class Hyperparameters:
 
     def __repr__(self) -> str:
         extra = f", attributes={self.attributes!r}" if self.attributes else ""
+        extra += f", modules={self.modules!r}" if self.modules else ""
         return f"Hyperparameters({self.groups!r}{extra})"
 
     def by_path(self) -> dict[str, Any]:
@@ -110,9 +112,11 @@ def hyper_tensor(value: Value) -> torch.Tensor:
 def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths: set[str]) -> Hyperparameters:
     """Builds the pytree of the hyperparameters at `paths` from the skeleton of an optimizer."""
     containers: dict[int, Container] = {}
+    grouped: set[str] = set()
 
     def convert(part: Any) -> Any:
         if isinstance(part, Leaf):
+            grouped.add(part.path)
             return hyper_tensor(values[part.path]) if part.path in paths else None
         if isinstance(part, Again):
             part = containers[part.index]
@@ -127,14 +131,18 @@ def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths
     for group in skeleton.groups:
         entries = {key: convert(item) for key, item in group.items if key != "params" and _holds(item, paths)}
         made.append(entries)
-    attributes = {path: hyper_tensor(values[path]) for path in sorted(paths) if not path.startswith("groups.")}
-    return Hyperparameters(made, attributes)
+    others = [leaf for leaf in leaves_of(skeleton) if leaf.path in paths - grouped]
+    modules = {leaf.path: hyper_tensor(values[leaf.path]) for leaf in others if leaf.of_module}
+    attributes = {leaf.path: hyper_tensor(values[leaf.path]) for leaf in others if not leaf.of_module}
+    return Hyperparameters(made, attributes, modules)
 
 
 def _holds(part: Any, paths: set[str]) -> bool:
     if isinstance(part, Leaf):
         return part.path in paths
-    return isinstance(part, Container) and any(_holds(item, paths) for _, item in part.items)
+    if not isinstance(part, Container) or isinstance(part.owner, torch.nn.Module):
+        return False
+    return any(_holds(item, paths) for _, item in part.items)
 
 
 def _register(kind: type, flatten: Callable[[Any], Any], unflatten: Callable[..., Any], keys: Any) -> None:

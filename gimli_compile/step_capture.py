@@ -13,7 +13,7 @@ from gimli_compile.escapes import escapes_closed, modules_of, modules_of_functio
 from gimli_compile.inner_backward import backward_recorded
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
-from gimli_compile.loss_capture import differentiable_forms, warn_of_changes
+from gimli_compile.loss_capture import warn_of_changes
 from gimli_compile.model_view import changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import STEP_PASSES
@@ -48,7 +48,7 @@ class _StepTracing(UpdateTracing):
         with recorder, torch.no_grad():
             self._announce()
         optimizer = modules_of(view.classes())
-        model = modules_of(type(module) for module in view.model.model.modules())
+        model = modules_of(type(module) for module in view.model.modules())
         own = modules_of_functions([view.train_step.function]) if isinstance(view.train_step, UserStep) else []
         before, skeleton = view.model.signature(), self.inputs.opt_state.skeleton
 
@@ -56,14 +56,13 @@ class _StepTracing(UpdateTracing):
             with (
                 draws_refused(self.recorder, skeleton),
                 literals_marked([*optimizer, *own]),
-                differentiable_forms(),
                 custom_functions_recorded(recorder),
                 backward_recorded(recorder),
                 escapes_closed(recorder, dict.fromkeys([*optimizer, *model, *own])),
                 recorder,
                 Interception(recorder),
             ):
-                returned = view.call(self.batch, self.meta, recorder.in_region)
+                returned = view.call({**self.params, **self.buffers}, self.batch, self.meta, recorder.in_region)
             warn_of_changes(changed_attributes(before, view.model.signature()))
             return returned
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import OptimizerView, flags_cleared, plain_values
+from gimli_compile.optimizer_view import OptimizerView, as_declared, flags_cleared, plain_values
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.snapshot import Skeleton, freeze, grads_set, installed
 from gimli_compile.state import Tensors
@@ -43,8 +44,9 @@ class StepView(OptimizerView):
         with (
             generators_kept(skeleton),
             self.model.substituted(tensors),
-            installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__),
+            installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__),
             grads_set(leaves, {}),
+            differentiable_forms(),
         ):
             with flags_cleared(self.optimizer):
                 returned = self.execute(execute)
@@ -52,20 +54,24 @@ class StepView(OptimizerView):
             after, found = freeze(self.optimizer, names, self.opaque)
         return UpdateOutputs(dict(leaves), after, found, made, returned)
 
-    def call(self, batch: Any, meta: Any, enter: Enter = lambda _: nullcontext()) -> Any:
-        """Runs the train step on whatever model and optimizer hold now."""
-        with torch.enable_grad():
-            return self.train_step(self.model, self.optimizer, batch, meta, enter)
+    def call(
+        self, tensors: Mapping[str, torch.Tensor], batch: Any, meta: Any, enter: Enter = lambda _: nullcontext()
+    ) -> Any:
+        """Runs the train step on what model and optimizer hold now; `tensors` are parameters and buffers by name."""
+        model = self.model.filled(tensors)
+        with torch.enable_grad(), self.train_step.watching(self.model.modules(), enter):
+            return self.train_step(model, self.optimizer, batch, meta, enter)
 
     def replay(self, inputs: UpdateInputs) -> UpdateOutputs:
         """Runs the train step's own code, not captured, from plain values."""
         assert inputs.data is not None
         data = inputs.data
         buffers = {name: value.detach().clone() for name, value in data.buffers.items()}
+        leaves = self.leaves(inputs.params)
         return self.run_step(
             inputs.opt_state.skeleton,
-            self.leaves(inputs.params),
+            leaves,
             buffers,
             plain_values(inputs),
-            lambda: self.call(data.batch, data.meta),
+            lambda: self.call({**leaves, **buffers}, data.batch, data.meta),
         )

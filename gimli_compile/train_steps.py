@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
 
 from gimli_compile.loss_capture import check_loss, takes_meta
-from gimli_compile.model_view import ModelView
 from gimli_compile.protocol import Protocol
 from gimli_compile.recording import Region
 
@@ -24,9 +23,13 @@ class DefaultStep:
         self.function = loss_fn
         self.protocol = protocol
 
-    def __call__(self, model: ModelView, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
+    def watching(self, modules: Iterable[torch.nn.Module], enter: Enter) -> AbstractContextManager[None]:
+        """Says whose code runs: that is known without a look at the modules."""
+        return nullcontext()
+
+    def __call__(self, model: Any, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
         """Takes the step; returns the loss before it."""
-        arguments = (model.model, batch, meta) if takes_meta(self.function) else (model.model, batch)
+        arguments = (model, batch, meta) if takes_meta(self.function) else (model, batch)
 
         def evaluate() -> torch.Tensor:
             with enter(Region.LOSS):
@@ -43,18 +46,18 @@ class UserStep:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def __call__(self, model: ModelView, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
+    def watching(self, modules: Iterable[torch.nn.Module], enter: Enter) -> AbstractContextManager[None]:
+        """Says whose code runs: the model's while one of its modules is called."""
+        return _calls_of(set(map(id, modules)), enter)
+
+    def __call__(self, model: Any, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
         """Takes the step; returns what the function returns."""
-        arguments = (model.model, optimizer, batch)
-        arguments = (*arguments, meta) if takes_meta(self.function, places=4) else arguments
-        with _calls_of(model, enter):
-            return self.function(*arguments)
+        arguments = (model, optimizer, batch)
+        return self.function(*((*arguments, meta) if takes_meta(self.function, places=4) else arguments))
 
 
 @contextmanager
-def _calls_of(model: ModelView, enter: Enter) -> Iterator[None]:
-    """Says, while a module of the model runs, that it is the model's code that runs."""
-    modules = set(map(id, model.model.modules()))
+def _calls_of(modules: set[int], enter: Enter) -> Iterator[None]:
     running: list[AbstractContextManager[None]] = []
 
     def before(module: torch.nn.Module, _: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.slot import Role, Slot
-
-
-def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yields path and value of the leaves of a pytree, the path as `0.x`."""
-    pairs, _ = pytree.tree_flatten_with_path(tree)
-    for path, value in pairs:
-        yield ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path), value
+from gimli_compile.tree_paths import named_leaves
 
 
 def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:

@@ -15,7 +15,7 @@ from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
-from gimli_compile.optimizer_view import OptimizerView, as_leaf, plain_value
+from gimli_compile.optimizer_view import OptimizerView, as_declared, as_leaf, plain_value
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
@@ -103,9 +103,16 @@ class UpdateTracing:
         slot = Slot(self.inputs.role_of(leaf), leaf.path)
         traced = self._add(slot, value, HOST if value.dim() == 0 or slot.role is Role.HYPER else DATA)
         if leaf.kind == "tensor":
-            return traced
+            return self._declared(leaf, traced)
         form = traced if traced.dtype == torch.float64 else traced.to(torch.float64)
         return make_number(plain_value(value, leaf.kind), form, self.recorder)
+
+    def _declared(self, leaf: Leaf, traced: torch.Tensor) -> torch.Tensor:
+        with self.recorder.paused():
+            made = as_declared(leaf, traced)
+        if made is not traced:
+            self.recorder.add_stand_in(made, traced)
+        return made
 
     # ------------------------------------------------------------------ results
 

@@ -313,10 +313,10 @@ def test_modules_that_the_optimizer_owns():
     owner = Plain(net=torch.nn.Linear(2, 1))
     weight = owner.net.weight
     assert {path: value for path, value in paths(owner).items() if isinstance(value, torch.Tensor)}.keys() == {
-        "net._parameters.weight",
-        "net._parameters.bias",
+        "net.weight",
+        "net.bias",
     }
-    with swap(owner, {"net._parameters.weight": torch.nn.Parameter(torch.zeros(1, 2))}):
+    with swap(owner, {"net.weight": torch.nn.Parameter(torch.zeros(1, 2))}):
         assert torch.equal(owner.net(torch.ones(2)), owner.net.bias)
     assert owner.net.weight is weight
 

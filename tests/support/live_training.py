@@ -165,6 +165,7 @@ class Untouched:
     def _look(self):
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         state = self.optimizer.state_dict() if hasattr(self.optimizer, "state_dict") else {}
+        state = pytree.tree_map_only(torch.nn.Module, lambda module: (id(module), module.state_dict()), state)
         return {
             "ids": {name: id(tensor) for name, tensor in tensors.items()},
             "values": copied(tensors.items()),
