@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Gradients:
     """
 
     params: Mapping[str, torch.Tensor | None]
-    drives: list[Mapping[str, torch.Tensor | None]]
+    drives: Sequence[Mapping[str, torch.Tensor | None]]
     hyper: Mapping[str, torch.Tensor | None]
     state: Mapping[tuple[str, ...], torch.Tensor | None]
 

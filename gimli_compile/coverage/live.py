@@ -135,7 +135,7 @@ def _step_on_loss(loss: LossFunction, model: nn.Module, optimizer: Any, drive: D
 
 
 def step_for_second_derivatives(model: nn.Module, optimizer: Any, batch: Drive, meta: Any) -> torch.Tensor:
-    """Takes a step along gradients that can be differentiated again, as optimizers that estimate a Hessian want them."""
+    """Takes a step along gradients that can be differentiated again, as estimates of a Hessian want them."""
     optimizer.zero_grad()
     loss = default_loss(model, batch)
     loss.backward(create_graph=True)

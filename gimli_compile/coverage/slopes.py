@@ -88,7 +88,7 @@ def _value(function: Function, offset: float) -> float:
     """Returns the function's value, NaN where it has none."""
     try:
         return function(offset)
-    except (ArithmeticError, ValueError, TypeError, RuntimeError, AssertionError):
+    except Exception:  # the live code need not take every value
         return math.nan
 
 

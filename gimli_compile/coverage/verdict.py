@@ -35,10 +35,10 @@ class Derivative:
     of the two sides. `uncertainty` is how well the slope could be measured, in the same unit.
 
     The verdicts: EXACT is within 1e-6. KINK lies between the slopes of the two sides. JUMP: the live code has another
-    value beside this one, however near, and so no slope; the program has that of the branch taken. PRECISION is what the coarsest
-    dtype inside the step allows. COUNT is an integer that the live code does not take as a smooth quantity. REPORTED
-    differs, and the library says that the number is a constant. UNMEASURED differs by no more than the slope of the
-    live code is uncertain by. WRONG differs.
+    value beside this one, however near, and so no slope; the program has that of the branch taken. PRECISION is what
+    the coarsest dtype inside the step allows. COUNT is an integer that the live code does not take as a smooth
+    quantity. REPORTED differs, and the library says that the number is a constant. UNMEASURED differs by no more than
+    the slope of the live code is uncertain by. WRONG differs.
     """
 
     path: str
@@ -110,14 +110,17 @@ def _judge_smooth(line: Line, got: float) -> Derivative:
 
 
 def _judge_at_edge(line: Line, got: float, best: Slope) -> Derivative:
-    """Looks for a kink at the lower end of what a number may be: a tiny constant decides a tie, say.
+    """Looks for a kink at the lower end of what a number may be: a threshold of 1, or a tiny constant, decides a tie.
 
-    The code is then run on values beyond that end, to get the slope of the other side.
+    The code is then run on values beyond that end, to get the slope of the other side. Where the constructor refuses
+    those, the program's derivative may lie between the two, as that of a tie does, and not be the refused side's.
     """
     beyond = side_slope(line.function, line.right, -1) if line.left < _UNEQUAL * line.right else None
-    if beyond is not None and line.left and not beyond.jump and _disagree(beyond, best):
-        return _judge_kink(line, got, beyond, best)
-    return _derivative(line, Verdict.WRONG, got, best)
+    if beyond is None or beyond.jump or not _disagree(beyond, best):
+        return _derivative(line, Verdict.WRONG, got, best)
+    if not line.left and _error(got, beyond.value) <= TOLERANCE:
+        return _derivative(line, Verdict.WRONG, got, best)
+    return _judge_kink(line, got, beyond, best)
 
 
 def _disagree(left: Slope, right: Slope) -> bool:
