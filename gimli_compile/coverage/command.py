@@ -27,6 +27,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--recipes", type=Path, metavar="FILE", help="a Python file with RECIPES, for special classes")
     parser.add_argument("--select", nargs="+", metavar="NAME", default=[], help="measures only classes of these names")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default: 1")
+    parser.add_argument("--time-limit", type=float, default=300, metavar="SECONDS", help="a class; default: 300")
     parser.set_defaults(run=run)
 
 
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         items = items_of(options.packages, options.select)
         if not items:
             raise InputError(f"no class is named {', '.join(options.select)}")
-        found = list(followed(survey(items, options.recipes, options.jobs), len(items)))
+        found = list(followed(survey(items, options.recipes, options.jobs, options.time_limit), len(items)))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ class ParameterHolder(nn.Module):
         for index, shape in enumerate(shapes):
             self.register_parameter(f"p{index}", nn.Parameter(_normal(shape, generator)))
 
-    def forward(self) -> dict[str, torch.Tensor]:
-        """Returns the parameters by name."""
+    def forward(self, *inputs: Any) -> dict[str, torch.Tensor]:
+        """Returns the parameters by name, whatever it is called with."""
         return dict(self.named_parameters())
 
 
@@ -57,6 +59,12 @@ class Trial:
     loss: LossFunction | None = None
     train_step: TrainStep | None = None
     closure: bool = False
+    deadline: float = math.inf
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time for this trial is up; `history` then raises TimeoutError."""
+        return time.monotonic() > self.deadline
 
     @property
     def driven_by_loss(self) -> bool:
@@ -107,6 +115,8 @@ class Trial:
 
     def history(self, warm: int, prepare: Prepare | None = None, drives: list[Drive] | None = None) -> list[Drive]:
         """Trains live objects, changed by `prepare` after the warm-up; returns the parameters after each step."""
+        if self.is_late:
+            raise TimeoutError("the time for this class is up")
         model, optimizer = self.start(warm)
         if prepare is not None:
             with torch.no_grad():

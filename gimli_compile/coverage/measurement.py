@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
+import re
+import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ class Status(enum.Enum):
     """What became of a class."""
 
     RIGHT = "right"
+    REPORTED = "reported"
     WRONG = "wrong"
     REFUSED = "refused"
     FAILED = "failed"
@@ -39,11 +42,12 @@ class Status(enum.Enum):
 class Measurement:
     """What was measured of one class.
 
-    Status RIGHT: values and derivatives are the live code's, or what differs is reported by the library. WRONG: they
-    differ and nothing says so. REFUSED: the library refuses with a reason. FAILED: it raises something else. NOT_RUN:
+    Status RIGHT: values and derivatives are the live code's. REPORTED: so they are but for derivatives of numbers that
+    the library reports as constants. WRONG: they differ and nothing says so. REFUSED: the library refuses with a reason. FAILED: it raises something else. NOT_RUN:
     the live class could not be made or run. `value_error` is the largest relative difference of a parameter after any
     step, from a fresh and from a warmed-up state; `seconds` the time of capture; `nodes` the operators of the largest
-    variant.
+    variant; `precision` the coarsest dtype inside, whose roundings the derivatives are measured without; `widened` says
+    that the values are as well, because the live code mixes dtypes and does not run; `stopped` that time was up.
     """
 
     name: str
@@ -58,7 +62,9 @@ class Measurement:
     nodes: int = 0
     seconds: float = 0.0
     precision: str = ""
-    baked: tuple[str, ...] = field(default=())
+    baked: tuple[str, ...] = ()
+    widened: bool = False
+    stopped: bool = False
 
     @property
     def worst(self) -> Derivative | None:
@@ -78,8 +84,12 @@ def _worst_of(derivatives: tuple[Derivative, ...]) -> tuple[Derivative, ...]:
     return tuple(found.values())
 
 
-def measure(kind: type, recipe: Recipe | None = None) -> Measurement:
-    """Measures one class; never raises for what the class or the library does."""
+def measure(kind: type, recipe: Recipe | None = None, time_limit: float = math.inf) -> Measurement:
+    """Measures one class; never raises for what the class or the library does.
+
+    After `time_limit` seconds the derivatives that are left are taken as unmeasured.
+    """
+    deadline = time.monotonic() + time_limit
     recipe = Recipe() if recipe is None else recipe
     name = f"{kind.__module__}.{kind.__qualname__}"
     with warnings.catch_warnings(), double_precision():
@@ -87,25 +97,41 @@ def measure(kind: type, recipe: Recipe | None = None) -> Measurement:
         try:
             trial = find_trial(kind, recipe)
         except NoTrial as error:
-            return Measurement(name, Status.NOT_RUN, str(error))
-        blank = Measurement(name, Status.RIGHT, shapes=trial.shapes, driven_by=trial.driven_by)
+            return _measure_widened(kind, recipe, Measurement(name, Status.NOT_RUN, str(error)), deadline)
+        return _measure(replace(trial, deadline=deadline), Measurement(name, Status.RIGHT))
+
+
+def _measure_widened(kind: type, recipe: Recipe, failed: Measurement, deadline: float) -> Measurement:
+    """Measures a class that mixes float32 into float64 parameters, and so does not run, with all of it in float64."""
+    with Widened():
         try:
-            return _measure(trial, blank)
-        except GimliError as error:
-            return replace(blank, status=Status.REFUSED, reason=str(error))
-        except Exception as error:
-            return replace(blank, status=Status.FAILED, reason=f"{type(error).__name__}: {error}")
+            trial = find_trial(kind, recipe)
+        except NoTrial:
+            return failed
+        return _measure(replace(trial, deadline=deadline), replace(failed, reason="", widened=True))
 
 
 def _measure(trial: Trial, blank: Measurement) -> Measurement:
-    fresh, warm = _measure_from(trial, 0), _measure_from(trial, _WARM)
+    blank = replace(blank, shapes=trial.shapes, driven_by=trial.driven_by)
+    try:
+        return _measured(trial, blank)
+    except GimliError as error:
+        return replace(blank, status=Status.REFUSED, reason=str(error))
+    except Exception as error:
+        return replace(blank, status=Status.FAILED, reason=f"{type(error).__name__}: {error}")
+
+
+def _measured(trial: Trial, blank: Measurement) -> Measurement:
+    fresh = _measure_from(trial, 0)
+    warm = fresh if trial.is_late else _measure_from(trial, _WARM)
     found = _worst_of(fresh.derivatives + warm.derivatives)
     value_error = max(fresh.value_error, warm.value_error)
     allowed = VALUE_TOLERANCE if not fresh.rounding else max(VALUE_TOLERANCE, _COARSE * fresh.rounding)
-    wrong = not value_error <= allowed or any(d.verdict is Verdict.WRONG for d in found) or fresh.constants
+    verdicts = {derivative.verdict for derivative in found}
+    wrong = not value_error <= allowed or Verdict.WRONG in verdicts or fresh.constants
     return replace(
         blank,
-        status=Status.WRONG if wrong else Status.RIGHT,
+        status=Status.WRONG if wrong else Status.REPORTED if Verdict.REPORTED in verdicts else Status.RIGHT,
         value_error=value_error,
         derivatives=found,
         constants=fresh.constants,
@@ -113,6 +139,7 @@ def _measure(trial: Trial, blank: Measurement) -> Measurement:
         nodes=fresh.nodes,
         seconds=fresh.seconds,
         precision=fresh.precision,
+        stopped=trial.is_late,
         baked=tuple(dict.fromkeys((*fresh.baked, *warm.baked))),
     )
 
@@ -193,7 +220,15 @@ def _with_roundings(found: Derivative, got: float, line: Line) -> Derivative:
 
 
 def _is_reported(path: str, baked: tuple[str, ...]) -> bool:
-    return any(f"[{path}]" in entry for entry in baked)
+    """Tells whether an entry names the number, or quotes a line of the user's that does."""
+    words = [word for word in path.split(".") if not word.isdigit()]
+    quoted = re.compile(rf"\b{re.escape(words[-1])}\b") if words else None
+    return any(f"[{path}]" in entry or (quoted is not None and _quotes(entry, quoted)) for entry in baked)
+
+
+def _quotes(entry: str, name: re.Pattern[str]) -> bool:
+    _, _, source = entry.partition("\n")
+    return name.search(source.partition(": ")[2]) is not None
 
 
 def _value_error(history: list[Drive], expected: list[Drive]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,19 +28,22 @@ def items_of(packages: Sequence[str], selected: Sequence[str] = ()) -> list[Item
     return list(found.values())
 
 
-def survey(items: Sequence[Item], recipes: Path | None = None, jobs: int = 1) -> Iterator[Measurement]:
+def survey(
+    items: Sequence[Item], recipes: Path | None = None, jobs: int = 1, time_limit: float = math.inf
+) -> Iterator[Measurement]:
     """Yields the measurement of each class as it is done; with `jobs`, in that many processes of one thread each."""
     if jobs <= 1:
         for item in items:
-            yield _measure_item(item, recipes)
+            yield _measure_item(item, recipes, time_limit)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in as_completed([pool.submit(_measure_item, item, recipes) for item in items]):
+        for done in as_completed([pool.submit(_measure_item, item, recipes, time_limit) for item in items]):
             yield done.result()
 
 
-def _measure_item(item: Item, recipes: Path | None) -> Measurement:
+def _measure_item(item: Item, recipes: Path | None, time_limit: float) -> Measurement:
     package, name = item
     kind = next(kind for kind in optimizer_classes(package) if qualified_name(kind) == name)
-    return measure(kind, recipe_of(kind, read_recipes(recipes)) if recipes is not None else None)
+    recipe = recipe_of(kind, read_recipes(recipes)) if recipes is not None else None
+    return measure(kind, recipe, time_limit)

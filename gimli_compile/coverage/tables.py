@@ -83,6 +83,10 @@ def remarks(m: Measurement) -> str:
     parts = [" ".join(m.reason.split())[:_WIDTHS_OF_REASON]] if m.reason else []
     if m.precision:
         parts.append(f"{m.precision} inside")
+    if m.widened:
+        parts.append("its float32 made float64, without which it does not run")
+    if m.stopped:
+        parts.append("stopped at the time limit")
     if m.variants and m.driven_by != "gradients":
         parts.append(f"driven by {m.driven_by}")
     if m.variants and m.shapes and len(m.shapes) < 3:
@@ -98,7 +102,7 @@ def _derivative(d: Derivative) -> str:
     path = d.path.removeprefix("groups.0.")
     if d.verdict is Verdict.EXACT:
         return f"{path} {_error(d.error)}"
-    if d.verdict in (Verdict.COUNT, Verdict.KINK, Verdict.JUMP):
+    if d.verdict in (Verdict.COUNT, Verdict.KINK, Verdict.JUMP) or math.isnan(d.error):
         return f"{path} {d.verdict.value}"
     return f"{path} {d.verdict.value} {_error(d.error)}"
 

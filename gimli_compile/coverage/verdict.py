@@ -72,10 +72,10 @@ def judge(line: Line, got: float) -> Derivative:
     found = _judge_smooth(line, got)
     if found.verdict in (Verdict.WRONG, Verdict.UNMEASURED) and line.rounding and math.isfinite(got):
         found = _judge_noisy(line, got)
-    if line.count and found.verdict is not Verdict.EXACT:
-        return _as(found, Verdict.COUNT) if not _is_smooth(found) else found
     if found.verdict is Verdict.WRONG and line.reported:
         return _as(found, Verdict.REPORTED)
+    if line.count and found.verdict is not Verdict.EXACT and not _is_smooth(found):
+        return _as(found, Verdict.COUNT)
     return found
 
 
