@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=run)
 
 
+def _command(options: argparse.Namespace) -> str:
+    """Returns the command that makes the same table."""
+    words = ["gimli-compile", "coverage", *options.packages]
+    words += ["--recipes", str(options.recipes)] if options.recipes is not None else []
+    words += ["--select", *options.select] if options.select else []
+    return shlex.join([*words, "--format", options.format])
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     try:
@@ -43,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     order = {name: place for place, (_, name) in enumerate(items)}
     found.sort(key=lambda measurement: order[measurement.name])
-    text = FORMATS[options.format](found)
+    text = FORMATS[options.format](found, _command(options))
     if options.output is None:
         sys.stdout.write(text)
     else:
