@@ -21,7 +21,7 @@ def qualified_name(kind: type) -> str:
 def optimizer_classes(package: str) -> list[type]:
     """Returns the optimizer classes that a package exports, or those of its modules if it exports none, by name.
 
-    Classes of other distributions that it imports are left out, and so are those without a `step` of their own.
+    Left out are private classes, those of other distributions that it imports, and those without a `step` of their own.
 
     Raises:
         InputError: the package cannot be imported, or has no optimizers.
@@ -67,7 +67,7 @@ def _classes_in(modules: list[ModuleType]) -> list[type]:
 
 
 def _is_optimizer(kind: type) -> bool:
-    if not issubclass(kind, torch.optim.Optimizer) or inspect.isabstract(kind):
+    if not issubclass(kind, torch.optim.Optimizer) or inspect.isabstract(kind) or kind.__name__.startswith("_"):
         return False
     return getattr(kind, "step", None) is not torch.optim.Optimizer.step
 

@@ -44,10 +44,13 @@ class Measurement:
 
     Status RIGHT: values and derivatives are the live code's. REPORTED: so they are but for derivatives of numbers that
     the library reports as constants. WRONG: they differ and nothing says so. REFUSED: the library refuses with a
-    reason. FAILED: it raises something else. NOT_RUN: the live class could not be made or run. `value_error` is the largest relative difference of a parameter after any
-    step, from a fresh and from a warmed-up state; `seconds` the time of capture; `nodes` the operators of the largest
-    variant; `precision` the coarsest dtype inside, whose roundings the derivatives are measured without; `widened` says
-    that the values are as well, because the live code mixes dtypes and does not run; `stopped` that time was up.
+    reason. FAILED: it raises something else. NOT_RUN: the live class could not be made or run.
+
+    `value_error` is the largest relative difference of a parameter after any step, from a fresh and from a warmed-up
+    state; `constants` are numbers that the live code depends on and neither program nor report knows; `seconds` is the
+    time of capture; `nodes` the operators of the largest variant; `precision` the coarsest dtype inside, without whose
+    roundings the derivatives are measured; `widened` says that the values are as well, because the live code mixes
+    dtypes and does not run; `stopped` that time was up.
     """
 
     name: str

@@ -46,12 +46,13 @@ def side_slope(function: Function, room: float, side: int) -> Slope | None:
     return _best(function, places, room, at_zero=_value(function, 0.0))
 
 
-def noisy_slope(function: Function, room: float, sides: Sequence[int]) -> Slope | None:
-    """Returns the derivative at 0 of a function that is computed coarsely, by polynomials fitted over wide intervals.
+def noisy_slope(function: Function, room: float, sides: Sequence[int], rounding: float) -> Slope | None:
+    """Returns the derivative at 0 of a function that is computed with a coarse relative rounding.
 
-    The uncertainty is that of the fit's residuals and of the polynomial's degree; the interval with the least is taken.
+    Polynomials are fitted over intervals of several widths. The uncertainty is that of the fit's residuals, of the
+    polynomial's degree, and of a rounding over the interval; the interval with the least is taken.
     """
-    fits = [_fit(function, room * width, sides) for width in _FIT_LADDER]
+    fits = [_fit(function, room * width, sides, rounding) for width in _FIT_LADDER]
     known = [fit for fit in fits if fit is not None]
     return min(known, key=lambda slope: slope.uncertainty, default=None)
 
@@ -92,7 +93,7 @@ def _value(function: Function, offset: float) -> float:
         return math.nan
 
 
-def _fit(function: Function, width: float, sides: Sequence[int]) -> Slope | None:
+def _fit(function: Function, width: float, sides: Sequence[int], rounding: float) -> Slope | None:
     points = np.cos(np.pi * (np.arange(_FIT_POINTS) + 0.5) / _FIT_POINTS)
     if len(sides) == 1:
         points = sides[0] * (points + 1) / 2
@@ -101,7 +102,8 @@ def _fit(function: Function, width: float, sides: Sequence[int]) -> Slope | None
         return None
     slopes = [_fitted(points, values, degree) for degree in _FIT_DEGREES]
     low, high = slopes
-    return Slope(low.value / width, (low.uncertainty + abs(low.value - high.value)) / width)
+    rounded = rounding * float(np.abs(values).max()) / math.sqrt(_FIT_POINTS)
+    return Slope(low.value / width, (low.uncertainty + abs(low.value - high.value) + rounded) / width)
 
 
 def _fitted(points: np.ndarray, values: np.ndarray, degree: int) -> Slope:

@@ -69,9 +69,7 @@ class Line:
 
 def judge(line: Line, got: float) -> Derivative:
     """Compares the derivative `got` of a program along a line with the slope of the live code."""
-    found = _judge_smooth(line, got)
-    if found.verdict in (Verdict.WRONG, Verdict.UNMEASURED) and line.rounding and math.isfinite(got):
-        found = _judge_noisy(line, got)
+    found = _judge_noisy(line, got) if line.rounding else _judge_smooth(line, got)
     if found.verdict is Verdict.WRONG and line.reported:
         return _as(found, Verdict.REPORTED)
     if line.count and found.verdict is not Verdict.EXACT and not _is_smooth(found):
@@ -140,12 +138,12 @@ def _judge_kink(line: Line, got: float, left: Slope, right: Slope) -> Derivative
 def _judge_noisy(line: Line, got: float) -> Derivative:
     sides = [side for side, room in ((-1, line.left), (1, line.right)) if room >= _UNEQUAL * max(line.left, line.right)]
     room = min(room for room in (line.left, line.right) if room > 0)
-    slope = noisy_slope(line.function, room, sides)
+    slope = noisy_slope(line.function, room, sides, line.rounding)
     if slope is None:
         return Derivative(line.path, Verdict.UNMEASURED, math.nan, got, math.nan, math.nan)
     scale = max(abs(got), abs(slope.value), NEGLIGIBLE)
     allowed = 4 * slope.uncertainty + (TOLERANCE + 16 * line.rounding) * scale
-    if abs(got - slope.value) > allowed:
+    if not abs(got - slope.value) <= allowed:
         return _derivative(line, Verdict.WRONG, got, slope)
     return _derivative(line, Verdict.PRECISION if allowed < scale / 2 else Verdict.UNMEASURED, got, slope)
 
