@@ -218,6 +218,9 @@ def _to_int(number: Number) -> Any:
     return make_number(int(number.plain), form, number.recorder)
 
 
+_OWN = __name__.split(".")[0]
+
+
 def modules_of(classes: Iterable[type]) -> list[ModuleType]:
     """Returns the modules in which code of these classes may live: their own and their packages'."""
     prefixes = set()
@@ -226,6 +229,7 @@ def modules_of(classes: Iterable[type]) -> list[ModuleType]:
             parts = base.__module__.split(".")
             if parts[0] not in sys.stdlib_module_names:
                 prefixes.add(".".join(parts[:2]) if parts[0] == "torch" else parts[0])
+    prefixes.discard(_OWN)  # what captures is not captured
     named = [(name, module) for name, module in list(sys.modules.items()) if isinstance(module, ModuleType)]
     return [m for name, m in named if any(name == p or name.startswith(p + ".") for p in prefixes)]
 
@@ -233,7 +237,7 @@ def modules_of(classes: Iterable[type]) -> list[ModuleType]:
 def modules_of_functions(functions: Iterable[Callable[..., Any]]) -> list[ModuleType]:
     """Returns the modules in which functions were written."""
     names = [getattr(inspect.unwrap(function), "__module__", None) for function in functions]
-    return [sys.modules[name] for name in names if name in sys.modules]
+    return [sys.modules[name] for name in names if name in sys.modules and name.split(".")[0] != _OWN]
 
 
 @contextmanager

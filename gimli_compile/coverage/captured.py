@@ -75,8 +75,9 @@ class Captured:
         return _detached(history), Gradients(part("params"), moved, part("hyper"), part("state"))
 
     def programs(self) -> list[Program]:
-        """Returns all variants of the captured update."""
-        return [program for program, _ in self.fn.programs["update"].variants]
+        """Returns all variants of the captured update, or of the whole step where that is one program."""
+        known = self.fn.programs
+        return [program for program, _ in known["update" if "update" in known else "step"].variants]
 
     def _run(self, state: TrainState, hyper: Hyperparameters, drives: list[Drive]) -> list[Drive]:
         seed_everything(23)
