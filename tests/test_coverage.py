@@ -2,7 +2,10 @@
 
 import json
 import math
+import pkgutil
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,6 +333,11 @@ def test_verdicts_in_low_precision():
 
 
 # ---------------------------------------------------------------------- the command
+
+
+def test_the_script_is_the_command():
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert pkgutil.resolve_name(scripts["gimli-compile"]) is main
 
 
 def run(capsys, *arguments):

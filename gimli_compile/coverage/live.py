@@ -165,7 +165,7 @@ def needs_closure(optimizer: Any) -> bool:
 
 def seed_everything(seed: int) -> None:
     """Seeds torch, NumPy and Python: an eager step and its program then draw the same noise."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` formats the stack, for devices that are not used
     np.random.seed(seed)
     random.seed(seed)
 

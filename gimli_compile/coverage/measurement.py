@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -240,12 +239,9 @@ def _value_error(history: list[Drive], expected: list[Drive]) -> float:
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference, relative to the largest entry; entries that are NaN in both are equal."""
+    """Returns the largest difference, relative to the largest entry; infinite where there is NaN."""
     if not value.numel():
         return 0.0
     value, expected = value.detach().double(), expected.detach().double()
-    same = (value == expected) | (value.isnan() & expected.isnan())
-    difference = torch.where(same, 0.0, (value - expected).abs()).max()
-    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).max().clamp(min=1e-30)
-    error: Any = difference / scale
-    return float(error) if not error.isnan() else math.inf
+    error = float((value - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return math.inf if math.isnan(error) else error
