@@ -17,7 +17,7 @@ from gimli_compile.optimizer_view import OptimizerView, UpdateInputs
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.update_capture import ancestors, capture_update
-from gimli_compile.validation import perturbed, reproduces, validate
+from gimli_compile.validation import perturbed, program_results, reproduces, validate
 from gimli_compile.variant import UpdateVariant, split_guards
 
 _BESIDE = 0.01
@@ -88,9 +88,9 @@ def _ignored_at_edge(
 
 
 def _parts(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
-    """Tells whether eager runs on these values and gives other results than the variant."""
+    """Tells whether eager runs on these values and gives other results than the variant, where that holds."""
     try:
-        return not reproduces(view, inputs, variant)
+        return variant.held(program_results(variant, inputs)) and not reproduces(view, inputs, variant)
     except CaptureError:
         return False
 
