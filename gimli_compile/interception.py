@@ -118,10 +118,22 @@ def _plain_conversion(mode: Interception, func: Any, args: Any, kwargs: Any) -> 
     return int(value) if func in (Tensor.__int__, Tensor.__index__) else float(value)
 
 
+def _size(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """Shapes are those of the capture; for a selection that is a condition."""
+    mode.recorder.extents.fix(*args)
+    return func(*args, **kwargs)
+
+
+def _number_of_elements(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    count = mode.recorder.extents.element_count(args[0])
+    return _size(mode, func, args, kwargs) if count is None else number_of(count, mode.recorder)
+
+
 def _equal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     left, right = args[:2]
     if not (_is_traced(mode, left) or _is_traced(mode, right)):
         return func(*args, **kwargs)
+    mode.recorder.extents.fix(left, right)
     if left.shape != right.shape:
         return False
     return bool(_read(mode, (left == right).all()))
@@ -287,11 +299,25 @@ def _real_kind(value: Any) -> Any:
     return getattr(value, "stands_for", value) if isinstance(value, type) else value
 
 
+def _get_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    target, index = _lifted(mode, *tree_map(_pin, args))
+    return func(target, index)
+
+
+def _lifted(mode: Interception, target: Any, index: Any) -> tuple[Any, Any]:
+    """A single bool as a mask, whose value torch would read, becomes a mask with a dimension."""
+    if _is_traced(mode, index) and index.dtype is torch.bool and index.dim() == 0:
+        return target.unsqueeze(0), index.unsqueeze(0)
+    return target, index
+
+
 def _set_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     target, index, value = args
-    index = tree_map(_pin, index)
+    target, index = _lifted(mode, target, tree_map(_pin, index))
     if isinstance(value, Number):
         return call_with_numbers(mode, func, (target, index, value), kwargs)
+    if isinstance(index, Tensor) and index.dtype is torch.bool and mode.recorder.extents.knows(value):
+        return target.index_put_((index,), value)  # torch would drop the dimension of a single selected element
     return func(target, index, value)
 
 
@@ -337,6 +363,15 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.__float__: _plain_conversion,
     Tensor.__int__: _plain_conversion,
     Tensor.__index__: _plain_conversion,
+    cast(Any, Tensor.shape).__get__: _size,
+    cast(Any, Tensor.nbytes).__get__: _size,
+    Tensor.size: _size,
+    Tensor.__len__: _size,
+    torch.is_same_size: _size,
+    Tensor.is_same_size: _size,
+    Tensor.numel: _number_of_elements,
+    Tensor.nelement: _number_of_elements,
+    torch.numel: _number_of_elements,
     torch.equal: _equal,
     Tensor.equal: _equal,
     torch.allclose: _allclose,
@@ -355,7 +390,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     torch.full: _full,
     torch.full_like: _full,
     Tensor.new_full: _full,
-    Tensor.__getitem__: _plain_only,
+    Tensor.__getitem__: _get_item,
     Tensor.__setitem__: _set_item,
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,

@@ -21,6 +21,7 @@ from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import fake_like, operator_name
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source, user_source
+from gimli_compile.selections import SELECTING, Extents, masks_of
 from gimli_compile.slot import Role, Slot
 
 aten = torch.ops.aten
@@ -92,6 +93,7 @@ class Recorder(TorchDispatchMode):
         self.baked: list[Baked] = []
         self.region = Region.OPTIMIZER
         self.live: dict[int, str] = {}
+        self.extents = Extents(self)
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
         self._fixed: set[Any] = set()
@@ -205,7 +207,14 @@ class Recorder(TorchDispatchMode):
             self.add_call(func, node_args, node_kwargs, out)
         elif reach and out is not None:
             raise self._error_reads_value(func)
+        self.extents.follow(func, tensors, out)
+        if func in SELECTING and isinstance(out, torch.Tensor) and any(map(self.reach, masks_of(func, args))):
+            self.extents.select(func, args, out)
         return out
+
+    def expect(self, condition: torch.Tensor) -> None:
+        """Makes it a condition of the program that a 0-dim bool tensor is true."""
+        self.guards.append(Guard(self.node_of(condition), True, self._source()))
 
     def _spread(self, written: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
         """Notes what the results, and what an in-place operator wrote to, depend on: by storage, for views to know."""
@@ -266,6 +275,8 @@ class Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             raise self._error_reads_value(func)
         if torch.Tag.dynamic_output_shape in func.tags and self._shape_varies(func, args):
+            if func in SELECTING and self.region is Region.OPTIMIZER:
+                return
             raise CaptureError(
                 compose_message(
                     f"`{func}` has a result whose shape depends on tensor values",
@@ -291,8 +302,7 @@ class Recorder(TorchDispatchMode):
         """Tells whether the shape of a result depends on values that may change; an index of integers never does."""
         if func is not aten.index.Tensor:
             return True
-        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-        return any(map(self.reach, masks))
+        return any(map(self.reach, masks_of(func, args)))
 
     def _error_live(self, tensor: torch.Tensor) -> CaptureError:
         return CaptureError(
@@ -332,6 +342,7 @@ class Recorder(TorchDispatchMode):
 
         draw = make_draw(func, args, kwargs)
         out = func(*args, **kwargs)
+        self.extents.follow(func, tensors, out)
         in_place = any(out is tensor for tensor in tensors)
         self._add_draw(draw, out.detach().clone() if in_place else out, out)
         return out

@@ -31,6 +31,8 @@ def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> Upd
         outputs = tracing.run()
     raw, conditions = tracing.program(outputs, title)
     program = lower(raw, UPDATE_PASSES)
+    known = {slot for slot, _ in conditions}
+    conditions += [(slot, True) for slot in program.results if slot.role is Role.GUARD and slot not in known]
     return _finish(program, conditions, outputs, recorder, inputs)
 
 

@@ -69,8 +69,10 @@ class UpdateTable:
             compose_message(
                 f"the conditions on tensor values in `{type(self.view.optimizer).__name__}.step` do not settle",
                 None,
-                "A program captured from these very values computes other outcomes than the step itself.",
-                "A comparison lies within rounding; perturb the inputs or use float64.",
+                "A program captured from these very values computes other outcomes than the step itself, "
+                "or tasks that run together have different ones.",
+                "A comparison lies within rounding: perturb the inputs or use float64. With tasks: use `torch.where` "
+                "in place of the branch, or unroll one task at a time.",
             )
         )
 
