@@ -32,6 +32,7 @@ from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
+from gimli_compile.row_gradients import as_rows
 from gimli_compile.slot import Slot
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters, hyper_tensor
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
@@ -156,13 +157,14 @@ class Functional:
         opt_state: OptState,
         hyper: Hyperparameters | None = None,
     ) -> tuple[Tensors, OptState]:
-        """Takes one step of the optimizer from `params` along `grads` (by name; None or missing: no gradient).
+        """Takes one step of the optimizer from `params` along `grads` (by name; None or missing: none).
 
         Returns the new parameters and the new state. `hyper` defaults to the live hyperparameters.
         """
         check_tensors(params, self._model_view.live_params, "params")
         check_state(opt_state, self._view)
-        return self._update(params, grads, opt_state, self._hyper_values(hyper))
+        rows = {name: as_rows(grad) for name, grad in grads.items()}
+        return self._update(params, rows, opt_state, self._hyper_values(hyper))
 
     def _update(
         self, params: Tensors, grads: Mapping[str, Any], opt_state: OptState, hyper: dict[str, torch.Tensor]

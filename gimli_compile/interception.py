@@ -16,10 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from gimli_compile.concolic import Number, bake, number_of
+from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
+from gimli_compile.selection_rules import SIZE_HANDLERS, with_dimension
 
 Tensor = torch.Tensor
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -116,17 +118,6 @@ def _plain_conversion(mode: Interception, func: Any, args: Any, kwargs: Any) -> 
     number = _read(mode, args[0])
     value = bake(number, f"a number that `{func.__name__}` made plain") if isinstance(number, Number) else number
     return int(value) if func in (Tensor.__int__, Tensor.__index__) else float(value)
-
-
-def _size(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """Shapes are those of the capture; for a selection that is a condition."""
-    mode.recorder.extents.fix(*args)
-    return func(*args, **kwargs)
-
-
-def _number_of_elements(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    count = mode.recorder.extents.element_count(args[0])
-    return _size(mode, func, args, kwargs) if count is None else number_of(count, mode.recorder)
 
 
 def _equal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
@@ -300,20 +291,12 @@ def _real_kind(value: Any) -> Any:
 
 
 def _get_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    target, index = _lifted(mode, *tree_map(_pin, args))
-    return func(target, index)
-
-
-def _lifted(mode: Interception, target: Any, index: Any) -> tuple[Any, Any]:
-    """A single bool as a mask, whose value torch would read, becomes a mask with a dimension."""
-    if _is_traced(mode, index) and index.dtype is torch.bool and index.dim() == 0:
-        return target.unsqueeze(0), index.unsqueeze(0)
-    return target, index
+    return func(*with_dimension(mode, *tree_map(_pin, args)))
 
 
 def _set_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     target, index, value = args
-    target, index = _lifted(mode, target, tree_map(_pin, index))
+    target, index = with_dimension(mode, target, tree_map(_pin, index))
     if isinstance(value, Number):
         return call_with_numbers(mode, func, (target, index, value), kwargs)
     if isinstance(index, Tensor) and index.dtype is torch.bool and mode.recorder.extents.knows(value):
@@ -363,15 +346,6 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.__float__: _plain_conversion,
     Tensor.__int__: _plain_conversion,
     Tensor.__index__: _plain_conversion,
-    cast(Any, Tensor.shape).__get__: _size,
-    cast(Any, Tensor.nbytes).__get__: _size,
-    Tensor.size: _size,
-    Tensor.__len__: _size,
-    torch.is_same_size: _size,
-    Tensor.is_same_size: _size,
-    Tensor.numel: _number_of_elements,
-    Tensor.nelement: _number_of_elements,
-    torch.numel: _number_of_elements,
     torch.equal: _equal,
     Tensor.equal: _equal,
     torch.allclose: _allclose,
@@ -397,4 +371,6 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     torch.nn.functional.mse_loss: _squared_error,
     cast(Any, torch)._weight_norm: _weight_norm,
     torch.cdist: _cdist,
+    **SIZE_HANDLERS,
+    **EMBEDDING_HANDLERS,
 }

@@ -114,6 +114,7 @@ class _Run:
     def _add_param(self, name: str, value: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
         traced = as_leaf(value, requires_grad=requires_grad)
         self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
+        self.recorder.keep(traced, name)
         for hook in (self.live[name]._backward_hooks or {}).values():
             traced.register_hook(hook)
         return traced
@@ -265,6 +266,10 @@ def capture_gradient(
             grads = run.after_accumulation(_gradient(loss, trained, loss_fn))
     results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
     for name, grad in grads.items():
+        if run.recorder.sparse.knows(grad):
+            assert grad is not None
+            grad, rows = run.recorder.sparse.parts(grad)
+            results[Slot(Role.ROWS, name)] = run.recorder.node_of(rows)
         if grad is not None:
             results[Slot(Role.GRAD, name)] = run.recorder.node_of(grad)
     return run.finish(title, "grad", {**results, **run.buffer_results()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.provenance import user_source
+from gimli_compile.row_gradients import Gradient, as_eager, made_up_gradients
+from gimli_compile.row_gradients import by_slot as gradients_by_slot
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import (
     GROUPS,
@@ -34,7 +36,7 @@ class UpdateInputs:
     """What one update starts from. `hyper` is by path; a gradient may be None; `draws` are made unless given."""
 
     params: Tensors
-    grads: Mapping[str, torch.Tensor | None]
+    grads: Mapping[str, Gradient]
     opt_state: OptState
     hyper: Mapping[str, torch.Tensor]
     draws: dict[Slot, torch.Tensor] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class UpdateInputs:
     def by_slot(self) -> dict[Slot, torch.Tensor]:
         """Returns the values by slot."""
         found = {Slot(Role.PARAM, name): value for name, value in self.params.items()}
-        found.update({Slot(Role.GRAD, name): grad for name, grad in self.grads.items() if grad is not None})
+        found.update(gradients_by_slot(self.grads))
         found.update({Slot(Role.STATE, path): value for path, value in self.opt_state.items()})
         found.update({Slot(Role.HYPER, path): value for path, value in self.hyper.items()})
         return found
@@ -154,10 +156,24 @@ class OptimizerView:
     # ------------------------------------------------------------------ running
 
     def _observe(self) -> set[str]:
-        """Runs steps on copies with made-up gradients and returns the paths of the numbers that change."""
+        """Runs steps on copies with made-up gradients and returns the paths of the numbers that change.
+
+        Gradients are sparse (`self.sparse`) for an optimizer that takes no others.
+        """
+        self.sparse = False
+        try:
+            return self._changes()
+        except CaptureError:
+            self.sparse = True
+            with suppress(CaptureError):
+                return self._changes()
+            raise
+
+    def _changes(self) -> set[str]:
         live = {name: p for p, name in self.live_params()}
-        generator = torch.Generator().manual_seed(0)
-        grads = {name: made_up_gradient(p, generator) for name, p in live.items() if p.requires_grad}
+        trained = [name for name, p in live.items() if p.requires_grad]
+        made_up = made_up_gradients(live, trained, torch.Generator().manual_seed(0), sparse=self.sparse)
+        grads = {name: as_eager(grad) for name, grad in made_up.items()}
         changing: set[str] = set()
         skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
         params = {name: p.detach().clone() for name, p in live.items()}
@@ -227,14 +243,8 @@ class OptimizerView:
         """Runs the optimizer's own code, not captured, from plain values."""
         leaves = {leaf.path: leaf for leaf in leaves_of(inputs.opt_state.skeleton)}
         values = {path: plain_value(inputs.value_of(leaf), leaf.kind) for path, leaf in leaves.items()}
-        grads = {name: None if g is None else g.detach().clone() for name, g in inputs.grads.items()}
+        grads = {name: as_eager(grad) for name, grad in inputs.grads.items()}
         return self.run(inputs.opt_state.skeleton, inputs.params, grads, values, self.step)
-
-
-def made_up_gradient(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Returns normal noise of the form of a parameter."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    return noise.to(value.device, value.dtype)
 
 
 def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:
@@ -273,12 +283,12 @@ def _option(value: Any) -> Any:
 
 
 def _copied(value: Value) -> Value:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return to_tensor(value, "tensor") if isinstance(value, torch.Tensor) else value
 
 
 def _differs(after: Value, before: Value) -> bool:
     if isinstance(after, torch.Tensor) and isinstance(before, torch.Tensor):
-        return after.shape != before.shape or not torch.equal(after, before)
+        return after.shape != before.shape or not torch.equal(to_tensor(after, "tensor"), to_tensor(before, "tensor"))
     if isinstance(after, torch.Tensor) or isinstance(before, torch.Tensor):
         return True
     return after != before and not (after != after and before != before)

@@ -21,14 +21,16 @@ from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import fake_like, operator_name
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source, user_source
+from gimli_compile.refusals import parameter_changes
 from gimli_compile.selections import SELECTING, Extents, masks_of
 from gimli_compile.slot import Role, Slot
+from gimli_compile.sparse_tensors import SparseTensors
 
 aten = torch.ops.aten
 
 HOST = 1  # the value follows from counters and hyperparameters alone
 DATA = 2  # the value depends on parameters, gradients, batches or draws
-_NOT_RECORDED = {aten.is_same_size.default}
+_NOT_RECORDED = {aten.is_same_size.default, aten.is_pinned.default}
 
 
 class Region(enum.Enum):
@@ -93,7 +95,9 @@ class Recorder(TorchDispatchMode):
         self.baked: list[Baked] = []
         self.region = Region.OPTIMIZER
         self.live: dict[int, str] = {}
+        self.kept: dict[Any, str] = {}
         self.extents = Extents(self)
+        self.sparse = SparseTensors(self)
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
         self._fixed: set[Any] = set()
@@ -141,6 +145,10 @@ class Recorder(TorchDispatchMode):
             self._fixed.add(_storage(tensor))
         return node
 
+    def rename(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """Lets another tensor of the same memory stand for what a tensor stands for."""
+        self._nodes[other] = self.node_of(tensor)
+
     def reach(self, tensor: torch.Tensor) -> int:
         """Returns what a tensor's value depends on: a union of HOST and DATA, 0 for a constant."""
         return self._reach.get(_storage(tensor), 0) if tensor in self._nodes else 0
@@ -170,6 +178,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused or func.namespace == "profiler" or func in _NOT_RECORDED:
             return func(*args, **kwargs)
+        if self.sparse.concerns(func, args, kwargs, making=self.region is not Region.LOSS):
+            return self.sparse.call(func, args, kwargs)
         if torch.is_inference_mode_enabled():
             parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -286,8 +296,14 @@ class Recorder(TorchDispatchMode):
                 )
             )
 
+    def keep(self, tensor: torch.Tensor, name: str) -> None:
+        """Refuses writes to a parameter by the model and the loss: the loop takes parameters from the update alone."""
+        self.kept[_storage(tensor)] = name
+
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         for tensor in _written_tensors(func, args, kwargs):
+            if self.region is Region.LOSS and _storage(tensor) in self.kept:
+                raise parameter_changes(self.kept[_storage(tensor)], func._opname)
             if not self._may_change(tensor):
                 raise CaptureError(
                     compose_message(

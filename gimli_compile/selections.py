@@ -7,6 +7,8 @@ for which it matters, becomes a condition of the program; `passes.selection` mak
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,16 @@ class Extents:
         self._recorder = recorder
         self._found = WeakTensorKeyDictionary()
         self._counted = WeakTensorKeyDictionary()
+        self._carried = False
+
+    @contextmanager
+    def carried(self) -> Iterator[None]:
+        """Says that what is inside does not use how many elements there are: what it gives may, later."""
+        before, self._carried = self._carried, True
+        try:
+            yield
+        finally:
+            self._carried = before
 
     # ------------------------------------------------------------------ below the recording mode
 
@@ -87,7 +99,7 @@ class Extents:
         if not extents or func._opname.removesuffix("_") in _WRITES:
             return
         counts = {id(count): count for extent in extents for count in extent.counts}
-        if not (is_elementwise(func) or is_reduction(func)):
+        if not (self._carried or is_elementwise(func) or is_reduction(func)):
             with self._recorder:
                 self._expect(counts.values())
             return

@@ -18,7 +18,8 @@ from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Program
 from gimli_compile.recording import DATA, HOST, Recorder
-from gimli_compile.slot import Role, Slot
+from gimli_compile.row_gradients import Gradient, RowGradient
+from gimli_compile.slot import CROSSING, Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
 from gimli_compile.variant import Condition, UpdateVariant, split_guards
 
@@ -27,7 +28,8 @@ def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> Upd
     """Runs the optimizer's step once, from copies of `inputs`, and returns what it did as a program."""
     recorder = Recorder("update")
     tracing = _Tracing(view, inputs, recorder)
-    with torch.backends.cudnn.flags(enabled=False):
+    checks = torch.sparse.check_sparse_tensor_invariants(enable=False)  # they read values
+    with torch.backends.cudnn.flags(enabled=False), checks:
         outputs = tracing.run()
     raw, conditions = tracing.program(outputs, title)
     program = lower(raw, UPDATE_PASSES)
@@ -69,10 +71,15 @@ class _Tracing:
             self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
             self.params[name] = traced
         for name in requires:
-            grad = self.inputs.grads.get(name)
-            self.grads[name] = None if grad is None else self._add(Slot(Role.GRAD, name), grad, DATA)
+            self.grads[name] = self._add_gradient(name, self.inputs.grads.get(name))
         for leaf in leaves_of(self.inputs.opt_state.skeleton):
             self.values[leaf.path] = self._add_leaf(leaf)
+
+    def _add_gradient(self, name: str, grad: Gradient) -> torch.Tensor | None:
+        if isinstance(grad, RowGradient):
+            dense, rows = (self._add(Slot(role, name), part, DATA) for role, part in zip(CROSSING, grad, strict=True))
+            return self.recorder.sparse.make(dense, rows)
+        return None if grad is None else self._add(Slot(Role.GRAD, name), grad, DATA)
 
     def _add(self, slot: Slot, value: torch.Tensor, reach: int) -> torch.Tensor:
         """Announces an input; a tensor object seen before is not announced twice, since its gradient is one."""
@@ -125,6 +132,8 @@ class _Tracing:
         return value is before or (isinstance(value, Number) and value.tensor is before.tensor)
 
     def _result_node(self, leaf: Leaf, value: Any) -> fx.Node:
+        if self.recorder.sparse.knows(value):
+            value, _ = self.recorder.sparse.parts(value)
         if isinstance(value, torch.Tensor):
             if value.requires_grad and value.grad_fn is not None:
                 value = value.detach()
