@@ -8,7 +8,7 @@ from torch import fx
 
 from gimli_compile.checker import verify
 from gimli_compile.program import Program
-from gimli_compile.slot import CARRIED, Role, Slot
+from gimli_compile.slot import CARRIED, CROSSING, Slot
 
 
 def compose(gradient: Program, update: Program) -> Program:
@@ -20,17 +20,17 @@ def compose(gradient: Program, update: Program) -> Program:
     placed = _place_inputs(graph, gradient, update)
     after_gradient = _copy_calls(graph, gradient, placed)
     for slot, node in zip(gradient.results, gradient.returned, strict=True):
-        if slot.role is Role.GRAD:
+        if slot.role in CROSSING:
             placed[slot] = after_gradient[node]
     after_update = _copy_calls(graph, update, placed)
     results: dict[Slot, fx.Node] = {}
     for slot, node in zip(gradient.results, gradient.returned, strict=True):
-        if slot.role is not Role.GRAD:
+        if slot.role not in CROSSING:
             results[slot] = after_gradient[node]
     for slot, node in zip(update.results, update.returned, strict=True):
         results[slot] = after_update[node]
     graph.output(tuple(results.values()))
-    inputs = tuple(slot for slot in placed if slot.role is not Role.GRAD)
+    inputs = tuple(slot for slot in placed if slot.role not in CROSSING)
     program = replace(
         update,
         title=f"{gradient.title}, then {update.title}",
@@ -52,7 +52,7 @@ def _place_inputs(graph: fx.Graph, *programs: Program) -> dict[Slot, fx.Node]:
     placed: dict[Slot, fx.Node] = {}
     for program in programs:
         for slot, node in zip(program.inputs, program.placeholders, strict=True):
-            if slot not in placed and slot.role is not Role.GRAD:
+            if slot not in placed and slot.role not in CROSSING:
                 placed[slot] = graph.placeholder(node.name)
                 placed[slot].meta = dict(node.meta)
     return placed

@@ -19,7 +19,7 @@ from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.update_capture import ancestors
 from gimli_compile.update_values import UpdateInputs
-from gimli_compile.validation import perturbed, reproduces
+from gimli_compile.validation import perturbed, program_results, reproduces
 from gimli_compile.variant import UpdateVariant, split_guards
 
 _BESIDE = 0.01
@@ -117,9 +117,10 @@ def _ignored_at_edge(
 
 
 def _parts(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> bool:
-    """Tells whether eager runs on these values and gives other results than the variant."""
+    """Tells whether eager runs on these values and gives other results than the variant, where that holds."""
     try:
-        return not reproduces(view, inputs, variant, smooth=True)
+        held = variant.held(program_results(variant, inputs))
+        return held and not reproduces(view, inputs, variant, smooth=True)
     except CaptureError:
         return False
 

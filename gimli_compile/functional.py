@@ -32,6 +32,7 @@ from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
+from gimli_compile.row_gradients import as_rows
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
@@ -202,14 +203,15 @@ class Functional:
         opt_state: OptState,
         hyper: Hyperparameters | None = None,
     ) -> tuple[Tensors, OptState]:
-        """Takes one step of the optimizer from `params` along `grads` (by name; None or missing: no gradient).
+        """Takes one step of the optimizer from `params` along `grads` (by name; None or missing: none).
 
         Returns the new parameters and the new state. `hyper` defaults to the live hyperparameters.
         """
         check_tensors(params, self._model_view.live_params, "params")
         check_state(opt_state, self._view)
         check_plain(self._protocol, type(self.optimizer).__name__)
-        return self._updates.run(UpdateInputs(params, grads, opt_state, self._hyper_values(hyper)))
+        rows = {name: as_rows(grad) for name, grad in grads.items()}
+        return self._updates.run(UpdateInputs(params, rows, opt_state, self._hyper_values(hyper)))
 
     def step(
         self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None

@@ -16,10 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from gimli_compile.concolic import Number, bake, number_of
+from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
+from gimli_compile.selection_rules import SIZE_HANDLERS, with_dimension
 
 Tensor = torch.Tensor
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -122,6 +124,7 @@ def _equal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     left, right = args[:2]
     if not (_is_traced(mode, left) or _is_traced(mode, right)):
         return func(*args, **kwargs)
+    mode.recorder.extents.fix(left, right)
     if left.shape != right.shape:
         return False
     return bool(_read(mode, (left == right).all()))
@@ -287,11 +290,17 @@ def _real_kind(value: Any) -> Any:
     return getattr(value, "stands_for", value) if isinstance(value, type) else value
 
 
+def _get_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*with_dimension(mode, *tree_map(_pin, args)))
+
+
 def _set_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     target, index, value = args
-    index = tree_map(_pin, index)
+    target, index = with_dimension(mode, target, tree_map(_pin, index))
     if isinstance(value, Number):
         return call_with_numbers(mode, func, (target, index, value), kwargs)
+    if isinstance(index, Tensor) and index.dtype is torch.bool and mode.recorder.extents.knows(value):
+        return target.index_put_((index,), value)  # torch would drop the dimension of a single selected element
     return func(target, index, value)
 
 
@@ -372,7 +381,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     torch.full: _full,
     torch.full_like: _full,
     Tensor.new_full: _full,
-    Tensor.__getitem__: _plain_only,
+    Tensor.__getitem__: _get_item,
     Tensor.__setitem__: _set_item,
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,
@@ -380,4 +389,6 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     torch.nn.functional.mse_loss: _squared_error,
     cast(Any, torch)._weight_norm: _weight_norm,
     torch.cdist: _cdist,
+    **SIZE_HANDLERS,
+    **EMBEDDING_HANDLERS,
 }

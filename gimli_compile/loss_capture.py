@@ -83,6 +83,7 @@ class _Run:
     def _add_param(self, name: str, value: torch.Tensor) -> torch.Tensor:
         traced = self.view.as_leaf(name, value)
         self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
+        self.recorder.keep(traced, name)
         return traced
 
     def after_accumulation(self, grads: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
@@ -212,6 +213,10 @@ def capture_gradient(
             grads = run.after_accumulation(_gradient(loss, trained, loss_fn))
     results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
     for name, grad in grads.items():
+        if run.recorder.sparse.knows(grad):
+            assert grad is not None
+            grad, rows = run.recorder.sparse.parts(grad)
+            results[Slot(Role.ROWS, name)] = run.recorder.node_of(rows)
         if grad is not None:
             results[Slot(Role.GRAD, name)] = run.recorder.node_of(grad)
     return run.finish(title, "grad", {**results, **run.buffer_results()})

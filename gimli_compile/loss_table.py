@@ -12,6 +12,7 @@ from gimli_compile.loss_capture import Captured, Forward, capture_forward, captu
 from gimli_compile.model_view import ModelView
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
+from gimli_compile.row_gradients import from_slots
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.transforms import outside_transforms, representatives
@@ -82,7 +83,7 @@ class LossTable:
         order: int,
         draws: dict[Slot, torch.Tensor],
         model_key: Any = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], Tensors]:
+    ) -> tuple[torch.Tensor, dict[str, Any], Tensors]:
         """Returns the loss, its gradient by parameter name (None where there is none), and the new buffers.
 
         `model_key` is the model's signature if the caller knows it, as a loop does.
@@ -96,8 +97,7 @@ class LossTable:
             program = gradient.program(order)
             results = program({**values, **program.draw(draws)})
             if gradient.captured.held(results):
-                grads = {name: results.get(Slot(Role.GRAD, name)) for name in trained}
-                return results[Slot(Role.LOSS)], grads, _new_buffers(state.buffers, results)
+                return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
         raise _unsettled(self.title)
 
     def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:

@@ -13,6 +13,7 @@ from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.provenance import user_source
+from gimli_compile.row_gradients import as_eager
 from gimli_compile.snapshot import (
     GROUPS,
     Leaf,
@@ -47,6 +48,7 @@ class OptimizerView:
         self.names = names
         self.per_parameter = per_parameter
         self.opaque = opaque
+        self.sparse = False
         self.skeleton, self.values = self.read()
         self.options = self.read_options()
         self.changing = set()
@@ -214,14 +216,8 @@ class OptimizerView:
 
     def replay(self, inputs: UpdateInputs) -> UpdateOutputs:
         """Runs the optimizer's own code, not captured, from plain values."""
-        grads = {name: None if g is None else g.detach().clone() for name, g in inputs.grads.items()}
+        grads = {name: as_eager(grad) for name, grad in inputs.grads.items()}
         return self.run(inputs.opt_state.skeleton, inputs.params, grads, plain_values(inputs), self.step)
-
-
-def made_up_gradient(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Returns normal noise of the form of a parameter."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    return noise.to(value.device, value.dtype)
 
 
 def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:
@@ -275,12 +271,12 @@ def _option(value: Any) -> Any:
 
 
 def _copied(value: Value) -> Value:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return to_tensor(value, "tensor") if isinstance(value, torch.Tensor) else value
 
 
 def _differs(after: Value, before: Value) -> bool:
     if isinstance(after, torch.Tensor) and isinstance(before, torch.Tensor):
-        return after.shape != before.shape or not torch.equal(after, before)
+        return after.shape != before.shape or not torch.equal(to_tensor(after, "tensor"), to_tensor(before, "tensor"))
     if isinstance(after, torch.Tensor) or isinstance(before, torch.Tensor):
         return True
     return after != before and not (after != after and before != before)

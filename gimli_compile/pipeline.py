@@ -11,6 +11,7 @@ from gimli_compile.passes.normalization import write_out_normalization
 from gimli_compile.passes.order import stop_inner_gradients
 from gimli_compile.passes.reals import use_real_signs
 from gimli_compile.passes.redundancy import merge_common_subexpressions
+from gimli_compile.passes.selection import lower_selections
 from gimli_compile.passes.singularity import guard_zeros
 from gimli_compile.program import Pass, Program, apply_passes
 from gimli_compile.slot import CARRIED
@@ -30,6 +31,7 @@ UPDATE_PASSES: tuple[Pass, ...] = (
     relax_views,
     use_real_signs,
     eliminate_dead_code,
+    lower_selections,
     guard_zeros,
     merge_common_subexpressions,
     eliminate_dead_code,
@@ -42,6 +44,7 @@ STEP_PASSES: tuple[Pass, ...] = (
     use_real_signs,
     write_out_normalization,
     eliminate_dead_code,
+    lower_selections,
     guard_zeros,
     merge_common_subexpressions,
     eliminate_dead_code,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError
-from gimli_compile.optimizer_view import OptimizerView, made_up_gradient
+from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.row_gradients import as_eager, made_up_gradients
 from gimli_compile.snapshot import GROUPS
 from gimli_compile.update_values import UpdateOutputs
 
@@ -85,7 +87,7 @@ def quadratic_loss(optimizer: Any) -> Evaluate:
     """Returns a made-up convex loss of the parameters that an optimizer holds."""
     generator = torch.Generator().manual_seed(0)
     params = [param for group in getattr(optimizer, GROUPS) for param in group["params"]]
-    made = [[made_up_gradient(param.detach(), generator) for _ in range(2)] for param in params]
+    made = [[_noise(param, generator) for _ in range(2)] for param in params]
 
     def evaluate() -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
@@ -96,6 +98,11 @@ def quadratic_loss(optimizer: Any) -> Evaluate:
         return total
 
     return evaluate
+
+
+def _noise(param: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+    return noise.to(param.device, param.dtype)
 
 
 def choose_protocol(view: OptimizerView, *, is_needed: bool) -> Protocol | None:
@@ -126,12 +133,28 @@ def _candidates() -> Iterator[Protocol]:
 
 def _try(view: OptimizerView, protocol: Protocol) -> UpdateOutputs:
     if protocol.is_plain:
-        generator = torch.Generator().manual_seed(0)
-        live = {name: p for p, name in view.live_params()}
-        grads = {name: made_up_gradient(p, generator) for name, p in live.items() if p.requires_grad}
-        return view.observe(view.optimizer.step, grads)
+        return _try_gradients(view)
     evaluate = quadratic_loss(view.optimizer)
     return view.observe(lambda: protocol.step(view.optimizer, evaluate), {})
+
+
+def _try_gradients(view: OptimizerView) -> UpdateOutputs:
+    """Steps along made-up gradients; sparse ones for an optimizer that takes no others."""
+    live = {name: p for p, name in view.live_params()}
+    trained = [name for name, p in live.items() if p.requires_grad]
+
+    def observe(*, sparse: bool) -> UpdateOutputs:
+        view.sparse = sparse
+        made = made_up_gradients(live, trained, torch.Generator().manual_seed(0), sparse=sparse)
+        return view.observe(view.optimizer.step, {name: as_eager(grad) for name, grad in made.items()})
+
+    try:
+        return observe(sparse=False)
+    except CaptureError as error:
+        with suppress(CaptureError):
+            return observe(sparse=True)
+        view.sparse = False
+        raise error
 
 
 def _with_gradient_if_used(view: OptimizerView, protocol: Protocol, after: UpdateOutputs) -> Protocol:

@@ -21,14 +21,17 @@ from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import fake_like, operator_name
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source, user_source
+from gimli_compile.refusals import parameter_changes
+from gimli_compile.selections import SELECTING, Extents, masks_of
 from gimli_compile.slot import Role, Slot
+from gimli_compile.sparse_tensors import SparseTensors
 
 aten = torch.ops.aten
 
 HOST = 1  # the value follows from counters and hyperparameters alone
 HOST_DRAW = "number"  # what names the draws of Python's and NumPy's generators
 DATA = 2  # the value depends on parameters, gradients, batches or draws
-_NOT_RECORDED = {aten.is_same_size.default}
+_NOT_RECORDED = {aten.is_same_size.default, aten.is_pinned.default}
 
 
 class Region(enum.Enum):
@@ -93,6 +96,9 @@ class Recorder(TorchDispatchMode):
         self.baked: list[Baked] = []
         self.region = Region.OPTIMIZER
         self.live: dict[int, str] = {}
+        self.kept: dict[Any, str] = {}
+        self.extents = Extents(self)
+        self.sparse = SparseTensors(self)
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
         self._fixed: set[Any] = set()
@@ -147,6 +153,10 @@ class Recorder(TorchDispatchMode):
             self._fixed.add(_storage(tensor))
         return node
 
+    def rename(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """Lets another tensor of the same memory stand for what a tensor stands for."""
+        self._nodes[other] = self.node_of(tensor)
+
     def reach(self, tensor: torch.Tensor) -> int:
         """Returns what a tensor's value depends on: a union of HOST and DATA, 0 for a constant."""
         return self._reach.get(_storage(tensor), 0) if tensor in self._nodes else 0
@@ -179,6 +189,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused or func.namespace == "profiler" or func in _NOT_RECORDED:
             return func(*args, **kwargs)
+        if self.sparse.concerns(func, args, kwargs, making=self.region is not Region.LOSS):
+            return self.sparse.call(func, args, kwargs)
         if torch.is_inference_mode_enabled():
             parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -216,7 +228,14 @@ class Recorder(TorchDispatchMode):
             self.add_call(func, node_args, node_kwargs, out)
         elif reach and out is not None:
             raise self._error_reads_value(func)
+        self.extents.follow(func, tensors, out)
+        if func in SELECTING and isinstance(out, torch.Tensor) and any(map(self.reach, masks_of(func, args))):
+            self.extents.select(func, args, out)
         return out
+
+    def expect(self, condition: torch.Tensor) -> None:
+        """Makes it a condition of the program that a 0-dim bool tensor is true."""
+        self.guards.append(Guard(self.node_of(condition), True, self._source()))
 
     def _spread(self, written: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
         """Notes what the results, and what an in-place operator wrote to, depend on: by storage, for views to know."""
@@ -283,6 +302,8 @@ class Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             raise self._error_reads_value(func)
         if torch.Tag.dynamic_output_shape in func.tags and self._shape_varies(func, args):
+            if func in SELECTING and self.region is Region.OPTIMIZER:
+                return
             raise CaptureError(
                 compose_message(
                     f"`{func}` has a result whose shape depends on tensor values",
@@ -292,8 +313,14 @@ class Recorder(TorchDispatchMode):
                 )
             )
 
+    def keep(self, tensor: torch.Tensor, name: str) -> None:
+        """Refuses writes to a parameter by the model and the loss: the loop takes parameters from the update alone."""
+        self.kept[_storage(tensor)] = name
+
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         for tensor in _written_tensors(func, args, kwargs):
+            if self.region is Region.LOSS and _storage(tensor) in self.kept:
+                raise parameter_changes(self.kept[_storage(tensor)], func._opname)
             if not self._may_change(tensor):
                 raise CaptureError(
                     compose_message(
@@ -308,8 +335,7 @@ class Recorder(TorchDispatchMode):
         """Tells whether the shape of a result depends on values that may change; an index of integers never does."""
         if func is not aten.index.Tensor:
             return True
-        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-        return any(map(self.reach, masks))
+        return any(map(self.reach, masks_of(func, args)))
 
     def _error_live(self, tensor: torch.Tensor) -> CaptureError:
         return CaptureError(
@@ -349,6 +375,7 @@ class Recorder(TorchDispatchMode):
 
         draw = make_draw(func, args, kwargs)
         out = func(*args, **kwargs)
+        self.extents.follow(func, tensors, out)
         in_place = any(out is tensor for tensor in tensors)
         self._add_draw(draw, out.detach().clone() if in_place else out, out)
         return out

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from gimli_compile.loss_table import LossTable
-from gimli_compile.optimizer_view import made_up_gradient
 from gimli_compile.program import Program
 from gimli_compile.requirements import Captured
+from gimli_compile.row_gradients import made_up_gradients
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.transforms import is_zero
@@ -40,7 +40,8 @@ def capture_for_requirements(
     with torch.no_grad(), torch.random.fork_rng():
         for _ in range(_STEPS):
             if batch is None:
-                grads: Mapping[str, Any] = {n: made_up_gradient(state.params[n], generator) for n in trained}
+                sparse = updates.view.sparse
+                grads: Mapping[str, Any] = made_up_gradients(state.params, trained, generator, sparse=sparse)
                 buffers = state.buffers
             else:
                 _, grads, buffers = losses.gradient(state, batch, meta, list(trained), order=2, draws={})

@@ -14,6 +14,7 @@ class Role(enum.Enum):
     PARAM = "params"
     BUFFER = "buffers"
     GRAD = "grads"
+    ROWS = "rows"
     STATE = "state"
     HYPER = "hyper"
     BATCH = "batch"
@@ -25,6 +26,7 @@ class Role(enum.Enum):
     GUARD = "guard"
 
 
+CROSSING = (Role.GRAD, Role.ROWS)  # from the loss to the update
 CARRIED = (Role.PARAM, Role.BUFFER, Role.STATE)
 
 

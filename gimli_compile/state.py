@@ -96,9 +96,10 @@ def _collect(value: Any, path: str, found: dict[str, Any]) -> None:
 
 
 def to_tensor(value: Value, kind: str) -> torch.Tensor:
-    """Returns a detached copy of a value as it is kept in states: int64 for ints, float64 for floats."""
+    """Returns a detached copy of a value as it is kept in states: dense, int64 for ints, float64 for floats."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        value = value.detach()
+        return value.to_dense() if value.layout is torch.sparse_coo else value.clone()
     return torch.tensor(value, dtype=torch.int64 if kind == "int" else torch.float64)
 
 

@@ -15,6 +15,7 @@ COLORS = {
     Role.PARAM: "#1d4ed8",
     Role.BUFFER: "#0f766e",
     Role.GRAD: "#b91c1c",
+    Role.ROWS: "#b91c1c",
     Role.STATE: "#15803d",
     Role.HYPER: "#b45309",
     Role.BATCH: "#6d28d9",

@@ -79,6 +79,8 @@ class Translation:
         if node.target is operator.getitem:
             function = args[0]
             return _opaque(f"{function.func.__name__}[{node.args[1]}]", list(function.args))
+        if node.meta.get("stands_in"):  # what stands for elements that a mask does not select is used nowhere
+            return args[1]
         name = operator_name(node.target)
         name = name.replace("bitwise_", "logical_") if _dtype(node) is torch.bool else name
         if name in MADE:

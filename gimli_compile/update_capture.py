@@ -21,7 +21,8 @@ from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
 from gimli_compile.recording import DATA, HOST, Recorder
-from gimli_compile.slot import CARRIED, Role, Slot
+from gimli_compile.row_gradients import Gradient, RowGradient
+from gimli_compile.slot import CARRIED, CROSSING, Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
 from gimli_compile.tree_slots import Returned
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
@@ -35,10 +36,14 @@ def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> Upd
 
 def capture(tracing: UpdateTracing, passes: tuple[Pass, ...], title: str) -> UpdateVariant:
     """Runs what is traced, and lowers its program."""
-    with torch.backends.cudnn.flags(enabled=False), generators_forked():
+    checks = torch.sparse.check_sparse_tensor_invariants(enable=False)  # they read values
+    with torch.backends.cudnn.flags(enabled=False), generators_forked(), checks:
         outputs = tracing.run()
     raw, conditions = tracing.program(outputs, title)
-    return _finish(lower(raw, passes), conditions, outputs, tracing)
+    program = lower(raw, passes)
+    known = {slot for slot, _ in conditions}
+    conditions += [(slot, True) for slot in program.results if slot.role is Role.GUARD and slot not in known]
+    return _finish(program, conditions, outputs, tracing)
 
 
 class UpdateTracing:
@@ -79,13 +84,18 @@ class UpdateTracing:
             self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
             self.params[name] = traced
         for name in requires:
-            grad = self.inputs.grads.get(name)
-            self.grads[name] = None if grad is None else self._add(Slot(Role.GRAD, name), grad, DATA)
+            self.grads[name] = self._add_gradient(name, self.inputs.grads.get(name))
         self._announce_state()
 
     def _announce_state(self) -> None:
         for leaf in leaves_of(self.inputs.opt_state.skeleton):
             self.values[leaf.path] = self._add_leaf(leaf)
+
+    def _add_gradient(self, name: str, grad: Gradient) -> torch.Tensor | None:
+        if isinstance(grad, RowGradient):
+            dense, rows = (self._add(Slot(role, name), part, DATA) for role, part in zip(CROSSING, grad, strict=True))
+            return self.recorder.sparse.make(dense, rows)
+        return None if grad is None else self._add(Slot(Role.GRAD, name), grad, DATA)
 
     def _add(self, slot: Slot, value: torch.Tensor, reach: int) -> torch.Tensor:
         """Announces an input; a tensor object seen before is not announced twice, since its gradient is one."""
@@ -149,6 +159,8 @@ class UpdateTracing:
         return value is before or (isinstance(value, Number) and value.tensor is before.tensor)
 
     def _result_node(self, leaf: Leaf, value: Any) -> fx.Node:
+        if self.recorder.sparse.knows(value):
+            value, _ = self.recorder.sparse.parts(value)
         if isinstance(value, torch.Tensor):
             if value.requires_grad and value.grad_fn is not None:
                 value = value.detach()

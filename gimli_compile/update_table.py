@@ -11,8 +11,9 @@ import torch
 from gimli_compile.edges import edges_of, lift_edges
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.host_draws import generators_forked, host_states
-from gimli_compile.optimizer_view import OptimizerView, made_up_gradient
+from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.recording import Baked
+from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
 from gimli_compile.transforms import is_differentiated, outside_transforms, representatives
@@ -46,7 +47,7 @@ class UpdateTable:
         state, hyper = representatives((state, hyper))
         with outside_transforms(), generators_forked():
             for _ in range(2):
-                grads = {name: made_up_gradient(params[name], generator) for name in trained}
+                grads = made_up_gradients(params, trained, generator, sparse=self.view.sparse)
                 params, opt_state = self.run(UpdateInputs(params, grads, opt_state, hyper))
 
     def used_hyperparameters(self) -> set[str]:
@@ -76,8 +77,10 @@ class UpdateTable:
             compose_message(
                 f"the conditions on tensor values in `{type(self.view.optimizer).__name__}.step` do not settle",
                 None,
-                "A program captured from these very values computes other outcomes than the step itself.",
-                "A comparison lies within rounding; perturb the inputs or use float64.",
+                "A program captured from these very values computes other outcomes than the step itself, "
+                "or tasks that run together have different ones.",
+                "A comparison lies within rounding: perturb the inputs or use float64. With tasks: use `torch.where` "
+                "in place of the branch, or unroll one task at a time.",
             )
         )
 
@@ -116,6 +119,7 @@ def _refuse_non_finite(inputs: UpdateInputs) -> None:
     """Refuses to capture from values on which nothing can be checked; a captured program takes any values."""
     for what, tensors in (("grads", inputs.grads), ("params", inputs.params)):
         for name, value in tensors.items():
+            value = value.dense if isinstance(value, RowGradient) else value
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise CaptureError(
                     compose_message(
@@ -168,10 +172,10 @@ def signature(inputs: UpdateInputs) -> Any:
     return (
         inputs.opt_state.skeleton,
         tuple((name, form(value)) for name, value in inputs.params.items()),
-        tuple((name, value is None or form(value)) for name, value in inputs.grads.items()),
+        tuple((name, tuple(map(form, _parts(value)))) for name, value in inputs.grads.items()),
         tuple(map(form, state.values())),
         tuple(map(form, hyper.values())),
-        partition([*inputs.grads.values()]),
+        partition([part for value in inputs.grads.values() for part in _parts(value)]),
         partition([*state.values()]),
         partition([*hyper.values()]),
         None if inputs.data is None else _data_form(inputs.data),
@@ -180,6 +184,12 @@ def signature(inputs: UpdateInputs) -> Any:
 
 def _data_form(data: StepData) -> Any:
     return data.form, tuple(map(form, data.buffers.values())), tree_form((data.batch, data.meta))
+
+
+def _parts(gradient: Gradient) -> tuple[torch.Tensor, ...]:
+    if isinstance(gradient, RowGradient):
+        return tuple(gradient)
+    return () if gradient is None else (gradient,)
 
 
 def partition(values: list[Any]) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gimli_compile.row_gradients import Gradient
+from gimli_compile.row_gradients import by_slot as gradients_by_slot
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import Leaf, Skeleton, Value
 from gimli_compile.state import OptState, Tensors
@@ -40,7 +42,7 @@ class UpdateInputs:
     """
 
     params: Tensors
-    grads: Mapping[str, torch.Tensor | None]
+    grads: Mapping[str, Gradient]
     opt_state: OptState
     hyper: Mapping[str, torch.Tensor]
     draws: dict[Slot, torch.Tensor] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class UpdateInputs:
     def by_slot(self) -> dict[Slot, torch.Tensor]:
         """Returns the values by slot."""
         found = {Slot(Role.PARAM, name): value for name, value in self.params.items()}
-        found.update({Slot(Role.GRAD, name): grad for name, grad in self.grads.items() if grad is not None})
+        found.update(gradients_by_slot(self.grads))
         found.update({Slot(Role.STATE, path): value for path, value in self.opt_state.items()})
         found.update({Slot(Role.HYPER, path): value for path, value in self.hyper.items()})
         if self.data is not None:

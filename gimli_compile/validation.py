@@ -43,7 +43,7 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     if found:
         found = _beyond_rounding(view, inputs, variant, expected, found)
     if found:
-        raise _not_reproduced(view, found)
+        raise _not_reproduced(view, found) if variant.held(program_results(variant, inputs)) else _drawn(view, variant)
     numbers = _numbers(variant, inputs)
     if not numbers or not _escaped(view, inputs, variant, numbers, expected):
         return variant
@@ -246,6 +246,17 @@ def _not_reproduced(view: OptimizerView, slots: list[Slot]) -> CaptureError:
             None,
             "The step uses something that the capture could not follow.",
             "Please report the optimizer; its own step in eager mode is not affected.",
+        )
+    )
+
+
+def _drawn(view: OptimizerView, variant: UpdateVariant) -> CaptureError:
+    return CaptureError(
+        compose_message(
+            f"a branch or a shape in `{type(view.optimizer).__name__}.step` depends on a random draw",
+            None,
+            f"The program holds only under {', '.join(map(str, variant.after))}, and every step draws anew.",
+            "Use `torch.where` with the drawn mask in place of the branch or the selection.",
         )
     )
 

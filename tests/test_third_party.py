@@ -2,12 +2,13 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import pytorch_optimizer
 import torch
-from eager_reference import Case, eager_params, functional_params, worst_value_error
+from eager_reference import Case, eager_params, gradient_errors, worst_value_error
 
 import gimli_compile as gimli
 
@@ -24,9 +25,6 @@ OTHERWISE = set(
     SafeFP16Optimizer ScheduleFreeWrapper SophiaH SpectralSphere TRAC WSAM
     """.split()
 )
-# They gather the elements of a mask that follows from values: the shapes of a program cannot depend on those.
-REFUSED = ("SPAM", "SaRA", "StableSPAM")
-
 # They orthogonalize in bfloat16, on whose grid the last bit of a float64 can make one step of difference.
 COARSE = {"SCION": 2.0**-8, "SCIONLight": 2.0**-8}
 
@@ -43,7 +41,7 @@ def case_of(name):
     return Case(lambda params: CLASSES[name](params), steps=8)
 
 
-@pytest.mark.parametrize("name", sorted(set(CLASSES) - set(REFUSED) - OTHERWISE))
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - OTHERWISE))
 def test_values_equal_eager(name):
     case = case_of(name)
     with warnings.catch_warnings():
@@ -51,11 +49,37 @@ def test_values_equal_eager(name):
         assert worst_value_error(case) < COARSE.get(name, 1e-12)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_shapes_that_depend_on_values_are_refused(name):
-    case = case_of(name)
-    with pytest.raises(gimli.CaptureError, match=r"shape depends on tensor values\n  pytorch_optimizer/optimizer/"):
-        functional_params(case)
+# Optimizers that work on what masks select: of small weights, of spikes, at random.
+SELECTING = {
+    "SPAM": [{}, {"density": 0.5, "threshold": 1, "grad_accu_steps": 2, "weight_decay": 0.1}],
+    "StableSPAM": [{}],
+    "SaRA": [
+        {"threshold": 0.7, "ams_bound": True},
+        {"threshold": 1.5, "lr": 0.3, "progressive_iter": 3, "foreach": False},
+        {"threshold": 1.5, "lr": 0.3, "progressive_iter": 3, "foreach": True},
+    ],
+}
+SELECTIONS = [
+    pytest.param(name, options, id=f"{name}-{index}")
+    for name in SELECTING
+    for index, options in enumerate(SELECTING[name])
+]
+
+
+@pytest.mark.parametrize(("name", "options"), SELECTIONS)
+def test_optimizers_that_select_by_masks(name, options):
+    case = Case(lambda params: CLASSES[name](params, **options), steps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert worst_value_error(case) < 1e-12
+        errors = gradient_errors(replace(case, steps=4), state_too=name != "SPAM")  # SPAM cannot load its own state
+    assert max(errors.values()) < 1e-6, errors
+
+
+def test_a_selection_by_a_drawn_mask_is_refused():
+    case = Case(lambda params: CLASSES["SPAM"](params, density=0.5, update_proj_gap=4), steps=8)
+    with pytest.raises(gimli.CaptureError, match=r"`SPAM.step` depends on a random draw[\s\S]*torch\.where"):
+        worst_value_error(case)
 
 
 @pytest.mark.parametrize("name", sorted(OTHERWISE))
