@@ -250,7 +250,7 @@ class Functional:
                 checked.append(True)
             made = self._step(now, batch, hyper, meta, order=order, draws=draws, model_key=model_key)
             if checkpoint is not None:
-                check_constants(self._losses.constants())
+                check_constants([*self._losses.constants(), *self._updates.constants()])
             return made
 
         return unroll_steps(
