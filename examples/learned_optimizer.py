@@ -9,7 +9,9 @@ of many problems at once. There are two kinds of problems, each with an LSTM of 
 paper, and small networks that classify scikit-learn's digits. At the end the live optimizer meets problems that it has
 never seen, against SGD and Adam with the learning rate that is best on other problems of the kind.
 
-It was trained for a certain number of steps, which the plot marks; what it does beyond is not what it learned.
+What to expect: at the number of steps that it was trained for, the learned optimizer is ahead of tuned Adam on the
+digits and level with it on the quadratics (in the mean; in the median Adam is ahead), and it gets there faster. Beyond,
+it stops to improve while Adam goes on: nothing that it was trained on told it to.
 """
 
 import argparse
@@ -95,13 +97,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
 class Problems:
     """A kind of problems. Everything may lead with further dimensions: many problems are one with larger tensors.
 
-    `start` draws parameters and `draw` the data of some steps: [problem, ...] and [problem, step, ...].
+    `start` draws parameters and `draw` the data of some steps: [problem, ...] and [problem, step, ...]. `judge` makes
+    the losses of a segment [problem, step] the one number that meta-learning minimizes.
     """
 
     name: str
     start: Callable[[int, torch.Generator], Params]
     draw: Callable[[int, int, torch.Generator], Batch]
     loss: Callable[[Params, Batch], Tensor]
+    judge: Callable[[Tensor], Tensor]
     tasks: int  # problems that one meta-gradient is the mean of
     epochs: int  # training runs, of so many problems each, to learn from
 
@@ -111,7 +115,8 @@ class Outcome(NamedTuple):
 
     name: str
     horizon: int  # the steps that the optimizer was trained for
-    validation: list[float]  # the mean loss at the horizon, during meta-learning
+    validation: list[float]  # the mean loss of validation problems at the horizon, during meta-learning
+    references: dict[str, float]  # the same of the other optimizers
     losses: dict[str, Tensor]  # of each optimizer: [problem, step]
 
 
@@ -130,7 +135,10 @@ def quadratics(epochs: int, size: int = 10) -> Problems:
         matrix, target = batch
         return (matrix @ params["theta"] - target).square().sum((-2, -1))
 
-    return Problems("random quadratics", start, draw, loss, tasks=32, epochs=epochs)
+    def judge(losses: Tensor) -> Tensor:
+        return losses.log().mean()  # every problem has a scale of its own
+
+    return Problems("random quadratics", start, draw, loss, judge, tasks=32, epochs=epochs)
 
 
 def digits(epochs: int, hidden: int = 10) -> Problems:
@@ -155,7 +163,7 @@ def digits(epochs: int, hidden: int = 10) -> Problems:
         logits = features @ params["w2"] + params["b2"]
         return -(logits.log_softmax(-1) * targets).sum(-1).mean(-1)
 
-    return Problems("a network on digits", start, draw, loss, tasks=4, epochs=epochs)
+    return Problems("a network on digits", start, draw, loss, Tensor.mean, tasks=4, epochs=epochs)
 
 
 KINDS = (quadratics, digits)
@@ -206,7 +214,7 @@ def train_epoch(
         segment = tuple(part[:, begin : begin + SEGMENT] for part in batches)
         state, losses = fn.unroll(state, segment, hyper, tasks=(0, 0, None, None))
         meta_optimizer.zero_grad()
-        losses.log().mean().backward()
+        problems.judge(losses).backward()
         nn.utils.clip_grad_norm_(rule.parameters(), 1.0)
         meta_optimizer.step()
         state = pytree.tree_map_only(Tensor, Tensor.detach, state)
@@ -256,12 +264,16 @@ def investigate(problems: Problems, args: argparse.Namespace, progress: Progress
     contestants: dict[str, Callable[..., Any]] = {
         f"{kind.__name__}, lr {rate:.2g}": partial(kind, lr=rate) for kind, rate in rates.items()
     }
+    references = {
+        name: train_live(problems, make, args.steps, args.problems, args.seed + 1)[:, -1].mean().item()
+        for name, make in contestants.items()
+    }
     contestants["learned"] = partial(LearnedOptimizer, rule=rule)
     losses = {
         name: train_live(problems, make, STRETCH * args.steps, args.problems, args.seed + 3)
         for name, make in contestants.items()
     }
-    return Outcome(problems.name, args.steps, validation, losses)
+    return Outcome(problems.name, args.steps, validation, references, losses)
 
 
 # ---------------------------------------------------------------------- telling
@@ -297,16 +309,17 @@ def plot_losses(axes: Axes, outcome: Outcome) -> None:
         axes.plot(losses.mean(0), color=color, linewidth=2, label=name)
         axes.fill_between(range(losses.shape[1]), low, high, color=color, alpha=0.15, linewidth=0)
     axes.axvline(outcome.horizon, color="black", linestyle=":", label="trained up to here")
-    axes.set(title=f"New problems: {outcome.name}", xlabel="step", ylabel="loss (mean, middle half)", yscale="log")
-    axes.legend(loc="upper right")
+    axes.set(title=f"New problems: {outcome.name}", xlabel="step", yscale="log")
+    axes.set_ylabel("loss: mean, and middle half of the problems")
+    axes.legend(loc="lower left")
 
 
 def plot_course(axes: Axes, outcome: Outcome) -> None:
-    """Draws the validation loss of the learned optimizer, beside what the others reach on new problems."""
+    """Draws the loss of validation problems with the learned optimizer, and with the others."""
     epochs = [VALIDATION_PERIOD * index for index in range(len(outcome.validation))]
     axes.plot(epochs, outcome.validation, color=COLORS[-1], linewidth=2, marker=".", label="learned")
-    for (name, losses), color in zip(list(outcome.losses.items())[:-1], COLORS, strict=False):
-        axes.axhline(losses[:, outcome.horizon].mean().item(), color=color, linestyle="--", label=name)
+    for (name, loss), color in zip(outcome.references.items(), COLORS, strict=False):
+        axes.axhline(loss, color=color, linestyle="--", label=name)
     title = f"Meta-learning: loss after {outcome.horizon} steps"
     axes.set(title=title, xlabel="epoch", ylabel="mean loss of validation problems", yscale="log")
     axes.legend(loc="upper right")

@@ -198,6 +198,7 @@ def test_optimizers_are_learned_and_compared(
         assert outcome.horizon == 10
         assert len(outcome.validation) == 2
         assert len(outcome.losses) == 3
+        assert len(outcome.references) == 2
         assert all(losses.shape == (8, 31) for losses in outcome.losses.values())
         starts = torch.stack([losses[:, 0] for losses in outcome.losses.values()])
         assert torch.equal(starts, starts[:1].expand_as(starts))
