@@ -132,16 +132,16 @@ def check_train_state(state: Any) -> None:
 
 
 def check_constants(constants: Iterable[torch.Tensor]) -> None:
-    """Refuses to recompute steps whose loss holds a tensor to differentiate that is none of its arguments."""
+    """Refuses to recompute steps that hold a tensor to differentiate which is none of their arguments."""
     for tensor in constants:
         if tensor.requires_grad:
             raise InputError(
                 compose_message(
-                    f"the loss uses a tensor of shape {tuple(tensor.shape)} that requires a gradient "
+                    f"the loss or the optimizer uses a tensor of shape {tuple(tensor.shape)} that requires a gradient "
                     "and is no argument",
                     None,
                     "With `checkpoint`, a step is computed again from its arguments only: the gradient would be lost.",
-                    "Pass the tensor as `meta`, or use `checkpoint=None`.",
+                    "Pass the tensor as `meta`, let the optimizer hold it as an attribute, or use `checkpoint=None`.",
                 )
             )
 

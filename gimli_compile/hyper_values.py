@@ -14,18 +14,18 @@ from gimli_compile.unrolling import Tasks
 def hyper_values(view: OptimizerView, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
     """Returns all hyperparameters by path, checked; with a dimension for tasks, each has it where `tasks` says."""
     _, values = view.read()
-    leaves = view.hyper_leaves()
-    live = {leaf.path: hyper_tensor(values[leaf.path]) for leaf in leaves}
+    paths = [leaf.path for leaf in view.hyper_leaves()]
     dim = None if isinstance(tasks, bool) else tasks[2]
     if hyper is None and dim is None:
-        return live
-    given = check_hyper(hyper, set(live))
+        return {path: hyper_tensor(values[path]) for path in paths}
+    given = check_hyper(hyper, set(paths))
     if dim is None:
         check_shapes(given, view)
-        return {path: given.get(path, value) for path, value in live.items()}
+        return {path: given[path] if path in given else hyper_tensor(values[path]) for path in paths}
     check_shapes({path: _of_one_task(path, value, dim) for path, value in given.items()}, view)
     count = next(iter(given.values())).shape[dim]
-    return {path: given[path] if path in given else torch.stack([value] * count, dim) for path, value in live.items()}
+    shared = {path: torch.stack([hyper_tensor(values[path])] * count, dim) for path in paths if path not in given}
+    return {path: given[path] if path in given else shared[path] for path in paths}
 
 
 def _of_one_task(path: str, value: torch.Tensor, dim: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
-from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.update_table import UpdateTable, assemble
@@ -55,8 +54,8 @@ class SplitStepper:
         return TrainState(params, buffers, opt_state), loss
 
     def constants(self) -> list[torch.Tensor]:
-        """Returns the tensors that the captured losses hold."""
-        return self.losses.constants()
+        """Returns the tensors that the captured programs hold."""
+        return [*self.losses.constants(), *self.updates.constants()]
 
 
 class WholeStepper:
@@ -80,8 +79,7 @@ class WholeStepper:
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured steps hold."""
-        programs: list[Program] = [variant.program for variant in self.table.variants]
-        return [tensor for program in programs for tensor in program.constants.values()]
+        return self.table.constants()
 
 
 def new_buffers(buffers: Tensors, results: Mapping[Slot, torch.Tensor]) -> Tensors:

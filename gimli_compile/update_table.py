@@ -40,6 +40,10 @@ class UpdateTable:
         """All variants, in the order of capture."""
         return [variant for group in self._variants.values() for variant in group]
 
+    def constants(self) -> list[torch.Tensor]:
+        """Returns the tensors that the captured updates hold as constants."""
+        return [tensor for variant in self.variants for tensor in variant.program.constants.values()]
+
     def example(self, state: TrainState, hyper: dict[str, torch.Tensor], trained: list[str]) -> None:
         """Captures the first and the second update, with made-up gradients."""
         generator = torch.Generator().manual_seed(0)

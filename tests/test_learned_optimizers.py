@@ -10,10 +10,12 @@ from learned_optimizers import (
     Cells,
     Custom,
     InGroups,
+    Learned,
     Noisy,
     Perceptron,
     Stacked,
     held_tensors,
+    network,
 )
 from live_training import (
     GRADIENTS,
@@ -385,3 +387,54 @@ def test_live_training_continues_from_what_load_into_wrote(name):
     got, _ = fn.unroll(fn.init(), training.batches[:half])  # what was written shares nothing with the programs
     if name != "noisy":
         assert_equal_tensors(got.params, state.params, 0.0)
+
+
+class Hidden(Learned):
+    """A network that no attribute leads to."""
+
+    def __init__(self, params, net):
+        super().__init__(params)
+        self.apply = lambda grad: net(grad)
+
+    def rule(self, group, p):
+        return self.apply(p.grad.reshape(-1, 1))
+
+
+def test_weights_that_no_attribute_leads_to():
+    """They are used by reference, as in eager; computed again, their gradient would be lost, and that is refused."""
+    nets = []
+
+    def make(params):
+        nets.append(network(1, 3, 1))
+        return Hidden(params, nets[-1])
+
+    training = Training(mlp, make, squared_error, regression(5))
+    check_values(training)
+    _, _, fn = training.functionalized()
+    weight = nets[-1][0].weight
+    along = random_like(weight, 7)
+    state, losses = fn.unroll(fn.init(), training.batches)
+    (grad,) = torch.autograd.grad(objective(state.params, losses), weight)
+
+    def live(offset):
+        return live_objective(training, change=lambda *_: nets[-1][0].weight.add_(offset * along))
+
+    assert slope_error(float((grad * along).sum()), live) <= GRADIENTS
+    with pytest.raises(gimli.InputError, match=r"the loss or the optimizer uses a tensor of shape \(3, 1\)"):
+        fn.unroll(fn.init(), training.batches, checkpoint=2)
+
+
+def test_weights_behind_parametrizations():
+    def make(params):
+        optimizer = Perceptron(params)
+        first, second = optimizer.net[0], optimizer.net[2]
+        torch.nn.utils.parametrizations.weight_norm(first)
+        torch.nn.utils.parametrizations.spectral_norm(second)
+        return optimizer
+
+    training = Training(mlp, make, squared_error, regression(5))
+    fn = check_values(training)
+    assert "net.0.parametrizations.weight.original1" in fn.hyperparameters().modules
+    grads = learned_slopes(training, fn)
+    errors = learned_errors(training, grads)
+    assert {path: error for path, error in errors.items() if not error <= GRADIENTS} == {}

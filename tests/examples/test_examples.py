@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,11 @@ def rates(load: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture(scope="module")
 def maml(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("maml_few_shot")
+
+
+@pytest.fixture(scope="module")
+def learned(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("learned_optimizer")
 
 
 def run(script: ModuleType, path: Path, *arguments: str):
@@ -180,3 +186,71 @@ def test_the_inner_rates_of_maml_stay_unless_they_are_learned(maml: ModuleType) 
     assert start.log_rates.exp().tolist() == pytest.approx([0.4] * 18)
     assert all((start.params[name] != before[name]).any() for name in before if name.endswith("weight"))
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
+def test_optimizers_are_learned_and_compared(
+    learned: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "learned.png"
+    outcomes = run(learned, path)
+    assert [outcome.name for outcome in outcomes] == ["random quadratics", "a network on digits"]
+    for outcome in outcomes:
+        assert outcome.horizon == 10
+        assert len(outcome.validation) == 2
+        assert len(outcome.losses) == 3
+        assert len(outcome.references) == 2
+        assert all(losses.shape == (8, 31) for losses in outcome.losses.values())
+        starts = torch.stack([losses[:, 0] for losses in outcome.losses.values()])
+        assert torch.equal(starts, starts[:1].expand_as(starts))
+        tuned = [losses for name, losses in outcome.losses.items() if name != "learned"]
+        assert all(losses[:, -1].mean() < 0.7 * losses[:, 0].mean() for losses in tuned)
+
+    printed = capsys.readouterr().out
+    assert "random quadratics: mean (median) loss of 8 new" in " ".join(printed.split())
+    assert str(path) in printed
+
+    for outcome, again in zip(outcomes, run(learned, tmp_path / "again.png"), strict=True):
+        assert again.validation == outcome.validation
+        assert all(torch.equal(again.losses[name], losses) for name, losses in outcome.losses.items())
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_the_meta_gradient_of_a_learned_optimizer_is_that_of_live_training(learned: ModuleType, kind: int) -> None:
+    """The losses equal those of the live loop, and the slope its central differences, along a random direction."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        single = learned.KINDS[kind](epochs=1)
+
+        def draw(count: int, steps: int, generator: torch.Generator):
+            return tuple(part.double() for part in single.draw(count, steps, generator))
+
+        problems = replace(single, draw=draw)
+        rule = learned.Rule(4)
+        steps, count = 5, 3
+        generator = torch.Generator().manual_seed(7)
+        params = problems.start(count, generator)
+        batches = problems.draw(count, steps + 1, generator)
+        template = {name: value[0].clone().requires_grad_() for name, value in params.items()}
+        fn = gimli.functionalize(template, learned.LearnedOptimizer(template.values(), rule), problems.loss)
+        hyper = fn.hyperparameters()
+        for name, weight in rule.named_parameters():
+            hyper.modules[f"rule.{name}"] = weight
+        _, losses = fn.unroll(replace(fn.init(), params=params), batches, hyper, tasks=(0, 0, None, None))
+        grads = torch.autograd.grad(losses.mean(), list(rule.parameters()))
+        along = [torch.randn_like(grad) for grad in grads]
+        slope = sum(float((grad * way).sum()) for grad, way in zip(grads, along, strict=True))
+
+        def live(offset: float) -> torch.Tensor:
+            moved = learned.Rule(4)
+            moved.load_state_dict(rule.state_dict())
+            with torch.no_grad():
+                for weight, way in zip(moved.parameters(), along, strict=True):
+                    weight.add_(offset * way)
+            return learned.train_live(problems, lambda p: learned.LearnedOptimizer(p, moved), steps, count, seed=7)
+
+        torch.testing.assert_close(losses.detach(), live(0.0), rtol=1e-10, atol=1e-12)
+        h = 1e-4
+        near, far = (float((live(k * h) - live(-k * h)).mean()) for k in (1, 2))
+        assert slope == pytest.approx((8 * near - far) / (12 * h), rel=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
