@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from eager_reference import directions, eager_params, functional_params, projection, run_functional
@@ -96,13 +97,15 @@ def complaints(case):
 
 
 def complaint_of_state(case):
-    """Returns what is wrong with the derivative along one random direction in all tensors of a state, or None."""
+    """Returns what is wrong with the derivative along one random direction in all floats of a state, or None."""
     fn, state, hyper = functional_params(case)
-    tensors = {path: value for path, value in state.opt_state.items() if value.dim() and value.is_floating_point()}
-    if not tensors:
+    floats = {path: value for path, value in state.opt_state.items() if value.is_floating_point()}
+    if not floats:
         return None
-    (slopes,) = _slopes(case, (fn, state, hyper), case.gradients(case.steps), [tensors])
-    return _in_state(case, tensors, slopes)
+    first = {id(value): path for path, value in reversed(floats.items())}
+    shared = {path: first[id(value)] for path, value in floats.items()}  # equal numbers are one tensor
+    (slopes,) = _slopes(case, (fn, state, hyper), case.gradients(case.steps), [{p: floats[p] for p in first.values()}])
+    return _in_state(case, floats, shared, slopes)
 
 
 def _slopes(case, captured, grads, inputs):
@@ -146,16 +149,21 @@ def _in_grads(case, grads, slopes):
     return verdict(got, lambda offset: live(case, grads=moved(offset)), 1e-2)
 
 
-def _in_state(case, tensors, slopes):
-    """Moves every tensor by a part of itself, so that small ones stay what they are and zeros stay zeros."""
-    along = {path: directions({path: value}, 19)[path] * value.detach() for path, value in tensors.items()}
+def _in_state(case, floats, shared, slopes):
+    """Moves everything by a part of itself, so that small values stay what they are and zeros stay zeros."""
+    along = {path: directions({path: floats[path]}, 19)[path] * floats[path].detach() for path in slopes}
 
     def prepare(model, optimizer, offset):
-        owners = {name: optimizer.state[p] for name, p in model.named_parameters()}
-        for path, direction in along.items():
+        owners: dict[str, Any] = {key: value for key, value in optimizer.state.items() if isinstance(key, str)}
+        owners.update({name: optimizer.state[p] for name, p in model.named_parameters()})
+        for path, source in shared.items():
             name, _, rest = path.partition(".")
             owner, key = (owners[name], rest) if name in owners else (optimizer, path)
-            read(owner, key).add_(offset * direction)
+            before = read(owner, key)
+            if isinstance(before, torch.Tensor):
+                before.add_((offset * along[source]).to(before.dtype))
+            else:
+                write(owner, key, before + offset * float(along[source]))
 
     return verdict(_dot(slopes, along), lambda offset: live(case, lambda m, o: prepare(m, o, offset)), 0.1)
 
