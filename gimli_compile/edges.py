@@ -17,6 +17,7 @@ from gimli_compile.metadata import insert_call
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
+from gimli_compile.snapshot import leaves_of
 from gimli_compile.update_capture import ancestors
 from gimli_compile.update_values import UpdateInputs
 from gimli_compile.validation import perturbed, program_results, reproduces
@@ -103,8 +104,14 @@ def _beside(value: torch.Tensor) -> torch.Tensor:
 def _ignored_at_edge(
     view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant, paths: frozenset[str]
 ) -> list[Slot]:
-    """Returns the hyperparameters in which eager and the variant part once they change."""
-    others = [s for s in sorted(_used(variant.program), key=str) if s.role is Role.HYPER and s.path not in paths]
+    """Returns the hyperparameters in which eager and the variant part once they change.
+
+    Whole numbers but zero are counts: eager may look at their type, and no derivative is asked of them.
+    """
+    counts = {leaf.path for leaf in leaves_of(inputs.opt_state.skeleton) if leaf.kind == "int"}
+    counts = {path for path in counts & inputs.hyper.keys() if bool((inputs.hyper[path] != 0).all())}
+    used = sorted(_used(variant.program), key=str)
+    others = [s for s in used if s.role is Role.HYPER and s.path not in paths | counts]
 
     def part(slots: set[Slot]) -> bool:
         changed = perturbed(inputs, slots)

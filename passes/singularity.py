@@ -20,7 +20,8 @@ def guard_zeros(program: Program) -> Program:
     An adaptive optimizer divides by the root of a mean of squared gradients. Where that mean is exactly zero, the chain
     rule multiplies infinity by zero. The values stay bit-identical.
 
-    A quotient by a number that is always zero is a constant. So is a bound that a hyperparameter makes infinite.
+    A quotient by a number that is always zero is a constant. So is a bound that a hyperparameter makes infinite, and so
+    is the orthogonal factor of a matrix of zeros.
 
                                         zero = aten.eq.Scalar(v, 0)
         root = aten.sqrt(v)  becomes    masked_fill = aten.masked_fill.Scalar(v, zero, 1)
@@ -33,6 +34,8 @@ def guard_zeros(program: Program) -> Program:
     for node in list(copied.graph.nodes):
         if node.target is aten.div.Tensor and _is_zero(node.args[1]):
             _stop(copied.graph, node)
+        if node.target is aten.linalg_qr.default and not node.meta.get("guards_rank", False):
+            _guard_rank(copied.graph, node)
         guard = _guard_infinity if node in bounds else _guard
         if node in bounds or (node.op == "call_function" and _is_singular(node, numbers) and not _is_guarded(node)):
             with copied.graph.inserting_before(node):
@@ -95,6 +98,26 @@ def _guard_infinity(graph: fx.Graph, node: fx.Node) -> fx.Node:
     fixed = insert_call(graph, aten.detach.default, (product,), like=node)
     fixed.meta["stop"] = True
     return insert_call(graph, aten.where.self, (infinite, fixed, finite), like=node)
+
+
+def _guard_rank(graph: fx.Graph, node: fx.Node) -> None:
+    """Factors the identity in place of a matrix of zeros: it has the same orthogonal factor."""
+    matrix: Any = node.args[0]
+    form = matrix.meta["val"]
+    with graph.inserting_before(node):
+        zero = insert_call(graph, aten.eq.Scalar, (matrix, 0), like=node, name="zero")
+        for dim in (-1, -2):
+            zero = insert_call(graph, aten.all.dim, (zero, dim, True), like=node, name="zero")
+        options = {"dtype": form.dtype, "device": form.device}
+        identity = insert_call(graph, aten.eye.m, tuple(form.shape[-2:]), options, like=node)
+        safe = insert_call(graph, aten.where.self, (zero, identity, matrix), like=node)
+    node.args = (safe, *node.args[1:])
+    node.meta["guards_rank"] = True
+    for part in list(node.users):
+        if part.args[1] == 1:
+            with graph.inserting_after(part):
+                triangle = insert_call(graph, aten.masked_fill.Scalar, (part, zero, 0), like=node)
+            part.replace_all_uses_with(triangle, delete_user_cb=lambda user, own=triangle: user is not own)
 
 
 def _numbers(program: Program) -> set[fx.Node]:

@@ -77,13 +77,15 @@ def test_state_under_a_number_keeps_its_key():
 
 
 class Noting(Written):
-    """Notes an option that is a whole number in its state."""
+    """Notes an option that is a whole number in its state, and takes another path if it is none."""
 
     def update(self, p, grad, state, group):
         if not state:
             state["rank"] = group["rank"]
         if group["weight_decay"] > 0:
             grad = grad + group["weight_decay"] * p
+        if not isinstance(state["rank"], int):
+            grad = grad * 2
         p.add_(grad, alpha=-group["lr"] / state["rank"])
 
 

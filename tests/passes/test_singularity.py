@@ -177,3 +177,18 @@ def test_a_bound_that_is_infinite(check_pass):
     assert found["first growth"] == 0
     torch.testing.assert_close(found["first v"], free["first v"], rtol=1e-14, atol=0)
     check_pass(guard_zeros, program, at={"v": V, "growth": torch.tensor(2.0, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (4, 2)])
+def test_the_factors_of_a_matrix_of_zeros(check_pass, rows, columns):
+    """A basis that starts at zero: the derivative was NaN."""
+    torch.manual_seed(0)
+    a = torch.randn(2, rows, rows, dtype=torch.float64)
+    program = record(lambda a, u: torch.linalg.qr(a @ u), {"a": a, "u": torch.ones(rows, columns, dtype=torch.float64)})
+    zeros = {"a": a, "u": torch.zeros(rows, columns, dtype=torch.float64)}
+    made = check_pass(guard_zeros, program, at=zeros, same_derivatives=False)
+    assert derivatives(lambda leaves: call(program, leaves), zeros)["first a"].isnan().any()
+    found = derivatives(lambda leaves: call(made, leaves), zeros)
+    assert all(not value.any() for value in found.values())
+    beside = {"a": a, "u": torch.randn(rows, columns, dtype=torch.float64)}
+    check_pass(guard_zeros, program, at=beside)
