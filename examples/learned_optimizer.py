@@ -11,7 +11,8 @@ never seen, against SGD and Adam with the learning rate that is best on other pr
 
 What to expect: at the number of steps that it was trained for, the learned optimizer is ahead of tuned Adam on the
 digits and level with it on the quadratics (in the mean; in the median Adam is ahead), and it gets there faster. Beyond,
-it stops to improve while Adam goes on: nothing that it was trained on told it to.
+it stops to improve while Adam goes on: nothing that it was trained on told it to. Meta-learning on the digits is
+unstable, as the plot shows: the weights that were best on validation problems are kept.
 """
 
 import argparse
