@@ -1,5 +1,6 @@
 """The coverage command finds what is right, what is silently wrong and what does not run, on packages made on the fly."""
 
+import itertools
 import json
 import math
 import pkgutil
@@ -259,9 +260,13 @@ def test_a_loss_can_drive_the_steps(shelf):
     assert verdicts(found)["batches"] is Verdict.EXACT
 
 
-def test_time_can_be_limited():
-    found = measure(torch.optim.Adam, time_limit=0)
-    assert found.stopped or found.status is Status.FAILED
+def test_time_can_be_limited(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))
+    found = measure(torch.optim.SGD, time_limit=30)
+    assert found.status is Status.STOPPED
+    assert verdicts(found)["groups.0.lr"] is Verdict.EXACT
+    assert verdicts(found)["grads"] is Verdict.UNMEASURED
 
 
 # ---------------------------------------------------------------------- slopes
@@ -316,6 +321,13 @@ def test_verdicts_at_the_end_of_a_range():
     assert judge(Line("x", lambda x: max(x, 0.0), left=0.0), 0.5).verdict is Verdict.KINK
     assert judge(Line("x", lambda x: max(x, 0.0), left=0.0), 0.0).verdict is Verdict.WRONG
     assert judge(Line("x", lambda x: max(x, 0.0), left=0.0, reported=True), 0.0).verdict is Verdict.REPORTED
+
+
+def test_a_bend_beside_a_tiny_constant_is_no_reason_to_call_it_wrong():
+    """The slope at 0 is 2; from 1e-7 on it is 1, and a wide surrounding sees nothing else."""
+    line = Line("x", lambda x: x + 1e-8 * math.tanh(x / 1e-8) + 1.0, left=1e-8, right=0.1)
+    assert judge(line, 2.0).verdict in (Verdict.EXACT, Verdict.UNMEASURED)
+    assert judge(line, 1.5).verdict in (Verdict.WRONG, Verdict.JUMP)
 
 
 def test_verdicts_of_counts():

@@ -31,6 +31,7 @@ class Status(enum.Enum):
 
     RIGHT = "right"
     REPORTED = "reported"
+    STOPPED = "stopped"
     WRONG = "wrong"
     REFUSED = "refused"
     FAILED = "failed"
@@ -42,14 +43,15 @@ class Measurement:
     """What was measured of one class.
 
     Status RIGHT: values and derivatives are the live code's. REPORTED: so they are but for derivatives of numbers that
-    the library reports as constants. WRONG: they differ and nothing says so. REFUSED: the library refuses with a
-    reason. FAILED: it raises something else. NOT_RUN: the live class could not be made or run.
+    the library reports as constants. STOPPED: nothing is wrong so far, and time was up. WRONG: they differ and
+    nothing says so. REFUSED: the library refuses with a reason. FAILED: it raises something else. NOT_RUN: the live
+    class could not be made or run.
 
     `value_error` is the largest relative difference of a parameter after any step, from a fresh and from a warmed-up
     state; `constants` are numbers that the live code depends on and neither program nor report knows; `seconds` is the
     time of capture; `nodes` the operators of the largest variant; `precision` the coarsest dtype inside, without whose
     roundings the derivatives are measured; `widened` says that the values are as well, because the live code mixes
-    dtypes and does not run; `stopped` that time was up.
+    dtypes and does not run.
     """
 
     name: str
@@ -66,7 +68,6 @@ class Measurement:
     precision: str = ""
     baked: tuple[str, ...] = ()
     widened: bool = False
-    stopped: bool = False
 
     @property
     def worst(self) -> Derivative | None:
@@ -129,11 +130,10 @@ def _measured(trial: Trial, blank: Measurement) -> Measurement:
     found = _worst_of(fresh.derivatives + warm.derivatives)
     value_error = max(fresh.value_error, warm.value_error)
     allowed = VALUE_TOLERANCE if not fresh.rounding else max(VALUE_TOLERANCE, _COARSE * fresh.rounding)
-    verdicts = {derivative.verdict for derivative in found}
-    wrong = not value_error <= allowed or Verdict.WRONG in verdicts or fresh.constants
+    wrong = not value_error <= allowed or bool(fresh.constants)
     return replace(
         blank,
-        status=Status.WRONG if wrong else Status.REPORTED if Verdict.REPORTED in verdicts else Status.RIGHT,
+        status=_status({derivative.verdict for derivative in found}, wrong=wrong, late=trial.is_late),
         value_error=value_error,
         derivatives=found,
         constants=fresh.constants,
@@ -141,9 +141,16 @@ def _measured(trial: Trial, blank: Measurement) -> Measurement:
         nodes=fresh.nodes,
         seconds=fresh.seconds,
         precision=fresh.precision,
-        stopped=trial.is_late,
         baked=tuple(dict.fromkeys((*fresh.baked, *warm.baked))),
     )
+
+
+def _status(verdicts: set[Verdict], *, wrong: bool, late: bool) -> Status:
+    if wrong or Verdict.WRONG in verdicts:
+        return Status.WRONG
+    if late and Verdict.UNMEASURED in verdicts:
+        return Status.STOPPED
+    return Status.REPORTED if Verdict.REPORTED in verdicts else Status.RIGHT
 
 
 @dataclass(frozen=True)

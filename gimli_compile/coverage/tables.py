@@ -101,8 +101,6 @@ def remarks(m: Measurement) -> str:
         parts.append(f"{m.precision} inside")
     if m.widened:
         parts.append("its float32 made float64, without which it does not run")
-    if m.stopped:
-        parts.append("stopped at the time limit")
     if m.variants and m.driven_by != "gradients":
         parts.append(f"driven by {m.driven_by}")
     if m.variants and m.shapes and len(m.shapes) < 3:

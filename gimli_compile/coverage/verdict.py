@@ -11,6 +11,7 @@ from gimli_compile.coverage.slopes import Function, Slope, central_slope, noisy_
 TOLERANCE = 1e-6
 NEGLIGIBLE = 1e-3  # derivatives below this are compared absolutely
 _KINK = 1e-5  # how far the slopes of the two sides differ, relatively, where there is a kink
+_BEND = 1e-4  # how well the slope of a small surrounding must be known, relatively, to be believed
 _UNEQUAL = 1e-2  # a side with less than this part of the other's room is an edge
 
 
@@ -90,6 +91,22 @@ def _judge_smooth(line: Line, got: float) -> Derivative:
     center = central_slope(line.function, min(line.left, line.right)) if line.left and line.right else None
     if center is not None and _error(got, center.value) <= TOLERANCE:
         return _derivative(line, Verdict.EXACT, got, center)
+    found = _judge_by_sides(line, got, center)
+    if found.verdict in (Verdict.WRONG, Verdict.JUMP) and center is not None and _is_near(got, center):
+        return _derivative(line, Verdict.UNMEASURED, got, center)
+    return found
+
+
+def _is_near(got: float, center: Slope) -> bool:
+    """Tells whether `got` is the slope as far as that is known of a small surrounding, whatever a wider one says.
+
+    A tiny constant is moved on its own scale and, more exactly, on a wider one: the code may bend between the two.
+    """
+    known = center.uncertainty <= _BEND * max(abs(got), abs(center.value), NEGLIGIBLE)
+    return known and abs(got - center.value) <= 3 * center.uncertainty
+
+
+def _judge_by_sides(line: Line, got: float, center: Slope | None) -> Derivative:
     left = side_slope(line.function, line.left, -1) if line.left else None
     right = side_slope(line.function, line.right, 1) if line.right else None
     known = [slope for slope in (center, left, right) if slope is not None]
