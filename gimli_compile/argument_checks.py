@@ -41,6 +41,12 @@ def check_plain(protocol: Protocol | None, name: str) -> None:
         )
 
 
+def check_method(optimizer: Any, method: str) -> None:
+    """Refuses a method that the optimizer does not have."""
+    if not callable(getattr(optimizer, method, None)):
+        raise InputError(f"`{type(optimizer).__name__}` has no method {method!r}.")
+
+
 def check_callable(model: Any) -> None:
     """Refuses to call what is no model but a collection of modules and tensors."""
     if not callable(model):

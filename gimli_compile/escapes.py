@@ -94,7 +94,7 @@ class Escapes:
         return function
 
     def extreme(self, original: Callable[..., Any], on_tensors: Callable[..., Any]) -> Callable[..., Any]:
-        """`max` and `min` of numbers become the tensor operator: no branch, no guard."""
+        """`max` and `min` of numbers become a choice between tensors: no branch, no guard."""
 
         def function(*args: Any, **options: Any) -> Any:
             values = list(args[0]) if len(args) == 1 and not isinstance(args[0], torch.Tensor) else list(args)
@@ -160,8 +160,8 @@ class Escapes:
         return {
             "float": self.kind(float, _to_float),
             "int": self.kind(int, _to_int),
-            "max": self.extreme(max, torch.maximum),
-            "min": self.extreme(min, torch.minimum),
+            "max": self.extreme(max, _later_if(torch.gt)),
+            "min": self.extreme(min, _later_if(torch.lt)),
             "range": self.range,
         }
 
@@ -183,6 +183,11 @@ class Escapes:
         for name, form in _NUMPY_BINARY.items():
             made[np, name] = self.binary(getattr(np, name), form)
         return made
+
+
+def _later_if(is_better: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Returns the choice that Python makes: the first of equal numbers, whose derivative is then the whole one."""
+    return lambda first, later: torch.where(is_better(later, first), later, first)
 
 
 _LOG = math.log

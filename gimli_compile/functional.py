@@ -12,6 +12,7 @@ from gimli_compile.argument_checks import (
     check_callable,
     check_constants,
     check_functions,
+    check_method,
     check_model,
     check_optimizer,
     check_optimizer_params,
@@ -25,7 +26,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.optimizer_view import MethodView, OptimizerView
 from gimli_compile.programs import Programs
 from gimli_compile.protocol import choose_protocol, quadratic_loss
 from gimli_compile.recording import Baked
@@ -110,6 +111,7 @@ class Functional:
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._protocol = choose_protocol(self._view, is_needed=train_step is None)
         self._updates = UpdateTable(self._view, self._title)
+        self._methods: dict[str, UpdateTable] = {}
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
         self._stepper = self._make_stepper()
@@ -212,6 +214,21 @@ class Functional:
         check_plain(self._protocol, type(self.optimizer).__name__)
         rows = {name: as_rows(grad) for name, grad in grads.items()}
         return self._updates.run(UpdateInputs(params, rows, opt_state, self._hyper_values(hyper)))
+
+    def call_optimizer(self, method: str, state: TrainState, hyper: Hyperparameters | None = None) -> TrainState:
+        """Calls a method of the optimizer without arguments, such as the `eval` and `train` of schedule-free ones.
+
+        Returns the state with what the method does to parameters and optimizer state; differentiable like `update`.
+        """
+        check_train_state(state)
+        check_state(state.opt_state, self._view)
+        check_method(self.optimizer, method)
+        if method not in self._methods:
+            title = self._title.replace(" over ", f".{method} over ", 1)
+            self._methods[method] = UpdateTable(MethodView(self._view, method), title)
+        inputs = UpdateInputs(state.params, {}, state.opt_state, self._hyper_values(hyper))
+        params, opt_state = self._methods[method].run(inputs)
+        return TrainState(params, state.buffers, opt_state)
 
     def step(
         self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None

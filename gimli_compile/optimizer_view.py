@@ -220,6 +220,18 @@ class OptimizerView:
         return self.run(inputs.opt_state.skeleton, inputs.params, grads, plain_values(inputs), self.step)
 
 
+class MethodView(OptimizerView):
+    """An optimizer of which another method than `step` is run."""
+
+    def __init__(self, view: OptimizerView, method: str) -> None:
+        self.__dict__.update(vars(view))
+        self.method = method
+
+    def step(self) -> None:
+        """Runs the method."""
+        getattr(self.optimizer, self.method)()
+
+
 def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:
     """Returns a parameter with a copy of the value."""
     return torch.nn.Parameter(value.detach().clone(), requires_grad)

@@ -119,3 +119,31 @@ def test_a_bound_that_a_hyperparameter_makes_infinite(growth_rate):
     case = Case(lambda params: Estimated(params, lr=0.1, d=0.3, growth_rate=growth_rate), grad_scale=0.5)
     errors = gradient_errors(case, skip=("groups.0.growth_rate",) if growth_rate > 2 else ())
     assert max(errors.values()) <= 1e-6
+
+
+class LargestRate(torch.optim.Optimizer):
+    """Keeps the largest learning rate so far, which at first is the learning rate itself."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "largest": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["largest"] = max(group["lr"], group["largest"])
+            for p in group["params"]:
+                p.sub_(group["largest"] * p.grad)
+
+
+def test_the_first_of_equal_numbers_has_the_whole_derivative():
+    """That is the choice of Python's `max`; halves for each would be no slope of anything once steps compound."""
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model = nn.ParameterList([weight])
+    fn = gimli.functionalize(model, LargestRate([weight]))
+    state, hyper = fn.init(), fn.hyperparameters()
+    hyper[0]["lr"].requires_grad_()
+    params, opt_state = state.params, state.opt_state
+    for _ in range(3):
+        params, opt_state = fn.update(params, {"0": torch.ones(3, dtype=torch.float64)}, opt_state, hyper)
+    (slope,) = torch.autograd.grad(params["0"].sum(), hyper[0]["lr"])
+    assert float(slope) == pytest.approx(-9.0, abs=1e-12)
