@@ -10,7 +10,7 @@ import torch
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.optimizer_view import OptimizerView, schedulers_of
 from gimli_compile.snapshot import GROUPS
 from gimli_compile.state import Hyperparameters, OptState, TrainState
 
@@ -30,12 +30,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_step(optimizer: Any) -> None:
     """Refuses an optimizer whose step cannot be called without arguments."""
-    try:
-        parameters = inspect.signature(optimizer.step).parameters.values()
-    except (TypeError, ValueError):
-        return
-    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in starred]
+    required = _required_arguments(optimizer)
     if required:
         raise InputError(
             compose_message(
@@ -43,6 +38,63 @@ def check_step(optimizer: Any) -> None:
                 None,
                 "A program is captured from `step()`; optimizers that evaluate the loss themselves are not supported.",
                 "Use an optimizer that steps along the gradients that the parameters have.",
+            )
+        )
+
+
+def _required_arguments(stepper: Any) -> list[str]:
+    """Returns the names of the arguments that `stepper.step` cannot do without."""
+    step = stepper.step
+    try:
+        parameters = list(inspect.signature(step).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    innermost = inspect.unwrap(step, stop=inspect.ismethod)
+    if inspect.isfunction(step) and innermost is inspect.unwrap(getattr(type(stepper), "step", type)):
+        parameters = parameters[1:]  # a wrapper on the instance, as schedulers put it there, shows the method's `self`
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in starred]
+
+
+def check_schedulers(scheduler: Any, optimizer: Any, *, per_parameter: bool) -> None:
+    """Refuses what cannot be stepped after the optimizer, and schedulers of another optimizer."""
+    for one in schedulers_of(scheduler):
+        name = type(one).__name__
+        if isinstance(one, type) or not callable(getattr(one, "step", None)):
+            raise InputError(
+                compose_message(
+                    f"the scheduler is a {name}, which has no `step`",
+                    None,
+                    "After every `optimizer.step()` its own `step()` is run.",
+                    "Pass a scheduler, or a list of schedulers.",
+                )
+            )
+        required = _required_arguments(one)
+        if required:
+            raise InputError(
+                compose_message(
+                    f"`{name}.step` needs an argument: {', '.join(required)}",
+                    None,
+                    "After every `optimizer.step()`, `scheduler.step()` is run without arguments.",
+                    "Use a scheduler that follows the number of steps alone.",
+                )
+            )
+        if isinstance(getattr(one, "optimizer", None), type(optimizer)) and one.optimizer is not optimizer:
+            raise InputError(
+                compose_message(
+                    f"the {name} is that of another {type(optimizer).__name__}",
+                    None,
+                    "A scheduler changes the groups of its own optimizer.",
+                    "Create the scheduler from the optimizer that is passed.",
+                )
+            )
+    if per_parameter and scheduler is not None:
+        raise InputError(
+            compose_message(
+                "`per_parameter=True` does not go with a scheduler",
+                None,
+                "A scheduler keeps numbers for each group that the optimizer has now.",
+                "Create the optimizer with a group for each parameter, then the scheduler.",
             )
         )
 

@@ -246,6 +246,8 @@ def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[.
     def method(self: Any, other: Any, *rest: Any) -> Any:
         if python is operator.mul and isinstance(self, IntNumber) and isinstance(other, (list, tuple, str)):
             return other * int(bake(self, "a number of repetitions"))
+        if isinstance(other, np.ndarray) and not rest:
+            return _with_array(python, self, other, swapped=swapped)
         if not _is_operand(other) or rest:
             return NotImplemented
         return binary(python, on_tensors, other, self) if swapped else binary(python, on_tensors, self, other)
@@ -253,8 +255,16 @@ def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[.
     return method
 
 
+def _with_array(python: Callable[..., Any], number: Any, array: Any, *, swapped: bool) -> Any:
+    """Arrays of NumPy have no tensor form: the number is pinned."""
+    value = bake(number, "a number that meets a NumPy array")
+    return python(array, value) if swapped else python(value, array)
+
+
 def _make_comparison(python: Callable[..., bool]) -> Callable[..., Any]:
     def method(self: Any, other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            return _with_array(python, self, other, swapped=False)
         return compare(python, self, other) if _is_operand(other) else NotImplemented
 
     return method

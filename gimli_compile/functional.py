@@ -17,6 +17,7 @@ from gimli_compile.argument_checks import (
     check_optimizer,
     check_optimizer_params,
     check_options,
+    check_schedulers,
     check_shapes,
     check_state,
     check_step,
@@ -48,6 +49,7 @@ def functionalize(
     loss_fn: LossFunction | None = None,
     *,
     per_parameter: bool = False,
+    scheduler: Any = None,
 ) -> Functional:
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
@@ -57,12 +59,15 @@ def functionalize(
         loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
             as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
         per_parameter: gives every parameter a group, and so hyperparameters, of its own.
+        scheduler: a learning-rate scheduler of the optimizer, or a list of them: after `optimizer.step()`, every update
+            runs `scheduler.step()`. What it assigns is state, the learning rate among it (`groups.0.lr` of the initial
+            state); what it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`).
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
         CaptureError: a step of the optimizer does not run.
     """
-    return Functional(model, optimizer, loss_fn, per_parameter=per_parameter)
+    return Functional(model, optimizer, loss_fn, per_parameter=per_parameter, scheduler=scheduler)
 
 
 class Functional:
@@ -73,17 +78,26 @@ class Functional:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, loss_fn: LossFunction | None, *, per_parameter: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loss_fn: LossFunction | None,
+        *,
+        per_parameter: bool = False,
+        scheduler: Any = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         check_optimizer(optimizer)
         check_step(optimizer)
+        check_schedulers(scheduler, optimizer, per_parameter=per_parameter)
         check_loss_function(loss_fn)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)
-        self._view = OptimizerView(optimizer, self._model_view.param_names, per_parameter=per_parameter)
+        self._view = OptimizerView(
+            optimizer, self._model_view.param_names, per_parameter=per_parameter, scheduler=scheduler
+        )
         kind = type(optimizer)
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._updates = UpdateTable(self._view, f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}")
@@ -108,13 +122,14 @@ class Functional:
         check_options(self._view)
         skeleton, values = self._view.read()
         known = {leaf.path for leaf in self._view.hyper_leaves()}
-        used = self._used_paths()
+        used = self._used_paths() | self._view.companion_paths()
         shown = {path for path in known if path.startswith("groups.") or path in used}
         return build_hyperparameters(skeleton, values, shown)
 
     def _used_paths(self) -> set[str]:
         """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
-        outside = any(not leaf.path.startswith("groups.") for leaf in self._view.hyper_leaves())
+        shown = self._view.companion_paths()
+        outside = any(not (p.path.startswith("groups.") or p.path in shown) for p in self._view.hyper_leaves())
         if outside and not self._updates.variants:
             self._updates.example(self.init(), self._hyper_values(None), self._trained)
         return self._updates.used_hyperparameters()
@@ -309,11 +324,15 @@ class Functional:
         """Returns the numbers that are constants of the captured programs, each with the line that made it one."""
         return [entry for variant in self._updates.variants for entry in variant.baked]
 
-    def load_into(self, model: nn.Module, optimizer: Any, state: TrainState) -> None:
-        """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure."""
+    def load_into(self, model: nn.Module, optimizer: Any, state: TrainState, scheduler: Any = None) -> None:
+        """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure.
+
+        The state of schedulers goes into `scheduler`; by default, with the optimizer that `functionalize` was given,
+        into the scheduler given there.
+        """
         check_tensors(state.params, dict(model.named_parameters()), "state.params")
         check_tensors(state.buffers, dict(model.named_buffers()), "state.buffers")
-        write_back(self._view, model, optimizer, state)
+        write_back(self._view, model, optimizer, state, scheduler)
 
     def __repr__(self) -> str:
         return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from gimli_compile.assignments import assigned_paths
 from gimli_compile.errors import CaptureError, InputError, compose_message
+from gimli_compile.literals import held_functions
 from gimli_compile.provenance import user_source
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import (
     GROUPS,
+    Companion,
     Leaf,
     Skeleton,
     Value,
@@ -22,6 +27,7 @@ from gimli_compile.snapshot import (
     installed,
     is_number,
     leaves_of,
+    opaque_of,
     owners_of,
 )
 from gimli_compile.state import OptState, Tensors, to_tensor
@@ -69,8 +75,12 @@ class UpdateOutputs:
 class OptimizerView:
     """The live optimizer, read and run without being changed. Parameters are known by their names in the model."""
 
-    def __init__(self, optimizer: Any, names: Mapping[int, str], *, per_parameter: bool = False) -> None:
+    def __init__(
+        self, optimizer: Any, names: Mapping[int, str], *, per_parameter: bool = False, scheduler: Any = None
+    ) -> None:
         self.optimizer = optimizer
+        self.companions = {} if scheduler is None else {"scheduler": scheduler}
+        self.schedulers = schedulers_of(scheduler)
         self.names = names
         self.per_parameter = per_parameter
         self.skeleton, self.values = self.read()
@@ -82,7 +92,7 @@ class OptimizerView:
     def read(self) -> tuple[Skeleton, dict[str, Value]]:
         """Returns the present structure and values of the live optimizer."""
         with self._split_groups():
-            return freeze(self.optimizer, self.names)
+            return freeze(self.optimizer, self.names, self.companions)
 
     @contextmanager
     def _split_groups(self) -> Iterator[None]:
@@ -133,7 +143,8 @@ class OptimizerView:
         """Returns copies of the live state."""
         skeleton, values = self.read()
         kept = [leaf for leaf in leaves_of(skeleton) if not self._is_live_hyper(leaf)]
-        return OptState(skeleton, share_counters({leaf.path: to_tensor(values[leaf.path], leaf.kind) for leaf in kept}))
+        found = {leaf.path: to_tensor(values[leaf.path], leaf.kind) for leaf in kept}
+        return OptState(skeleton, share_counters(found, {leaf.path for leaf in kept if leaf.kind == "float"}))
 
     def _is_live_hyper(self, leaf: Leaf) -> bool:
         return leaf.path in self.values and self.is_hyper(leaf)
@@ -141,6 +152,15 @@ class OptimizerView:
     def classes(self) -> list[type]:
         """Returns the classes of the objects that make up the optimizer."""
         return [type(owner) for owner in owners_of(self.skeleton)]
+
+    def functions(self) -> list[FunctionType]:
+        """Returns the functions that the optimizer and the schedulers hold."""
+        return held_functions(opaque_of(self.skeleton))
+
+    def companion_paths(self) -> set[str]:
+        """Returns the paths of the values of the schedulers."""
+        parts = [part for key, part in self.skeleton.root.items if isinstance(key, Companion)]
+        return {leaf.path for part in parts for leaf in leaves_of(Skeleton(part, ()))}
 
     def group_names(self) -> list[list[str]]:
         """Returns the names of the parameters of each group, as the groups are shown."""
@@ -162,13 +182,22 @@ class OptimizerView:
         skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
         params = {name: p.detach().clone() for name, p in live.items()}
         with torch.random.fork_rng(devices=[]):
-            for _ in range(3):
-                after = self.run(skeleton, params, grads, values, self.step)
-                changing |= {
-                    p for p, value in after.values.items() if p in self.values and _differs(value, self.values[p])
-                }
+            for count in range(3):
+                execute = self.step if count else partial(self._watch_schedulers, changing)
+                try:
+                    after = self.run(skeleton, params, grads, values, execute)
+                except CaptureError:
+                    if not count:
+                        raise
+                    break  # a schedule that ends
+                changing |= {p for p, value in after.values.items() if _differs(value, self.values.get(p, value))}
                 skeleton, values, params = after.skeleton, after.values, after.params
-        return changing
+        return changing & set(self.values)
+
+    def _watch_schedulers(self, assigned: set[str]) -> None:
+        """Takes a step and adds the paths of what the schedulers assign, if only what was there before."""
+        self.optimizer.step()
+        assigned |= assigned_paths(self.skeleton, self.optimizer, self._step_schedulers)
 
     def live_params(self) -> Iterator[tuple[torch.Tensor, str]]:
         """Yields the live parameters of the optimizer with their names."""
@@ -177,8 +206,18 @@ class OptimizerView:
                 yield p, self.names[id(p)]
 
     def step(self) -> None:
-        """Runs the optimizer's own step."""
+        """Runs the optimizer's own step, and then those of the schedulers."""
         self.optimizer.step()
+        self._step_schedulers()
+
+    def _step_schedulers(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    @property
+    def step_name(self) -> str:
+        """What `step` runs, for messages."""
+        return " and ".join(f"`{type(part).__name__}.step`" for part in (self.optimizer, *self.schedulers))
 
     def run(
         self,
@@ -187,10 +226,12 @@ class OptimizerView:
         grads: Mapping[str, torch.Tensor | None],
         values: Mapping[str, Any],
         execute: Callable[[], None],
+        **options: Any,
     ) -> UpdateOutputs:
         """Runs `execute` with the optimizer holding these values in place of its own; live objects come back unchanged.
 
-        `params` are copied into leaves that require gradients as the live ones do; `values` are used as they are.
+        `params` are copied into leaves that require gradients as the live ones do; `values` are used as they are;
+        `options` are those of `installed`.
         """
         requires = {name: p.requires_grad for p, name in self.live_params()}
         leaves: dict[str, torch.Tensor] = {
@@ -200,11 +241,12 @@ class OptimizerView:
         }
         names = {id(leaf): name for name, leaf in leaves.items()}
         held = {name: grads.get(name) for name in leaves}
-        with installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__), grads_set(leaves, held):
+        inside = installed(skeleton, lambda leaf: values[leaf.path], leaves.__getitem__, **options)
+        with inside, grads_set(leaves, held):
             flags = _clear_flags(self.optimizer)
             self._execute(execute)
             _restore_flags(self.optimizer, flags)
-            after, found = freeze(self.optimizer, names)
+            after, found = freeze(self.optimizer, names, self.companions)
         return UpdateOutputs(leaves, after, found)
 
     def _execute(self, execute: Callable[[], None]) -> None:
@@ -213,10 +255,9 @@ class OptimizerView:
         except (CaptureError, InputError):
             raise
         except Exception as error:
-            name = type(self.optimizer).__name__
             raise CaptureError(
                 compose_message(
-                    f"`{name}.step` raised {type(error).__name__}: {error}",
+                    f"{self.step_name} raised {type(error).__name__}: {error}",
                     _where(error) or user_source(),
                     "The optimizer's own step was run on copies of its parameters and state.",
                     "Check that the same step runs in eager mode with these options and gradients.",
@@ -229,6 +270,13 @@ class OptimizerView:
         values = {path: plain_value(inputs.value_of(leaf), leaf.kind) for path, leaf in leaves.items()}
         grads = {name: None if g is None else g.detach().clone() for name, g in inputs.grads.items()}
         return self.run(inputs.opt_state.skeleton, inputs.params, grads, values, self.step)
+
+
+def schedulers_of(scheduler: Any) -> list[Any]:
+    """Returns the schedulers that are stepped, in order."""
+    if scheduler is None:
+        return []
+    return list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
 
 
 def made_up_gradient(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -250,12 +298,15 @@ def plain_value(value: torch.Tensor, kind: str) -> Any:
     return int(number) if kind == "int" and number == int(number) else float(number)
 
 
-def share_counters(values: Tensors) -> Tensors:
-    """Lets equal 0-dim tensors of one kind be one tensor, so that a program computes them once."""
+def share_counters(values: Tensors, apart: Collection[str] = ()) -> Tensors:
+    """Lets equal 0-dim tensors of one kind be one tensor, so that a program computes them once.
+
+    Those of `apart` stay tensors of their own: floats, such as learning rates, are differentiated one by one.
+    """
     shared: dict[Any, torch.Tensor] = {}
     made: Tensors = {}
     for path, value in values.items():
-        if value.dim() == 0 and value.device.type == "cpu":
+        if value.dim() == 0 and value.device.type == "cpu" and path not in apart:
             key = (path.rsplit(".", 1)[-1], value.dtype, value.item())
             value = shared.setdefault(key, value)
         made[path] = value

@@ -1,7 +1,8 @@
 """Takes apart what an optimizer holds, and puts it back together with other values.
 
-`freeze` walks an object and whatever it owns (dicts, lists, deques, objects with attributes) and gives a skeleton: the
-same structure with a `Leaf` in the place of every tensor and number and a `ParamRef` in the place of every parameter.
+`freeze` walks an object and whatever it owns (dicts, lists, deques, sets, partial functions, objects with attributes)
+and gives a skeleton: the same structure with a `Leaf` in the place of every tensor and number and a `ParamRef` in the
+place of every parameter. Companions (a scheduler) are walked after the object and belong to the same skeleton.
 `installed` builds the structure again from a skeleton, with values of the caller's choice, inside the live objects;
 on leaving, the live objects have back exactly what they had.
 """
@@ -13,7 +14,8 @@ import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -40,8 +42,18 @@ class ParamRef:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """The key of an object that is walked beside the root and is no attribute of it."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Container:
-    """The place of a dict, list, tuple, deque or object; `index` counts them in the order of the walk."""
+    """The place of a dict, list, tuple, deque, set or object; `index` counts them in the order of the walk."""
 
     index: int
     make: Callable[[list[Any]], Any]
@@ -71,10 +83,18 @@ class Skeleton:
         return hash(self.key)
 
 
-def freeze(root: Any, names: Mapping[int, str]) -> tuple[Skeleton, dict[str, Value]]:
-    """Returns the skeleton of an object and its values by path; `names` maps the id of a parameter to its name."""
+def freeze(
+    root: Any, names: Mapping[int, str], companions: Mapping[str, Any] | None = None
+) -> tuple[Skeleton, dict[str, Value]]:
+    """Returns the skeleton of an object and its values by path; `names` maps the id of a parameter to its name.
+
+    The values of `companions` lie at paths that begin with their names.
+    """
     walk = _Walk(names)
     part = walk.visit(root, ())
+    if companions:
+        beside = tuple((Companion(name), walk.visit(value, (name,))) for name, value in companions.items())
+        part = replace(part, items=(*part.items, *beside))
     return Skeleton(part, tuple(walk.key)), walk.values
 
 
@@ -109,9 +129,11 @@ class _Walk:
         index = self._seen[id(value)] = self._count
         self._count += 1
         self._keep.append(value)
-        self.key.append((type(value).__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
+        self.key.append(
+            (stands_for(value).__qualname__, len(items), value.maxlen if isinstance(value, deque) else None)
+        )
         parts = tuple((self._visit_key(key), self.visit(item, (*path, self._step(key)))) for key, item in items)
-        return Container(index, make, parts, owner, isinstance(value, tuple))
+        return Container(index, make, parts, owner, isinstance(value, _IMMUTABLE))
 
     def _visit_tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> Any:
         name = self.names.get(id(value))
@@ -139,6 +161,7 @@ class _Walk:
             part = ParamRef(self.names.get(id(key), f"tensor {id(key)}"))
             self.key.append(part)
             return part if id(key) in self.names else key
+        key = getattr(key, "plain", key) if is_number(key) else key
         self.key.append(key)
         return key
 
@@ -155,9 +178,16 @@ def _path_text(path: tuple[str, ...]) -> str:
 
 
 def _static_key(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, str, bytes, torch.dtype, torch.device, enum.Enum, type)):
-        return value
-    return ("object", id(value))
+    return ("object", id(value)) if is_opaque(value) else value
+
+
+def is_opaque(part: Any) -> bool:
+    """Tells whether a part of a skeleton is an object that is known by its identity only, such as a function."""
+    known = (bool, str, bytes, torch.dtype, torch.device, enum.Enum, type, Leaf, ParamRef, Again, Container)
+    return part is not None and not isinstance(part, known)
+
+
+_IMMUTABLE = (tuple, frozenset, partial)
 
 
 _OPAQUE = (
@@ -187,6 +217,12 @@ def _open(value: Any) -> tuple[Callable[[list[Any]], Any] | None, list[tuple[Any
         return (lambda pairs: tuple(item for _, item in pairs)), list(enumerate(value)), None
     if isinstance(value, list):
         return (lambda pairs: [item for _, item in pairs]), list(enumerate(value)), None
+    if isinstance(value, (set, frozenset)):
+        plain = frozenset if isinstance(value, frozenset) else set
+        return (lambda pairs: plain(key for key, _ in pairs)), [(key, None) for key in _in_order(value)], None
+    if type(value) is partial:
+        items = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+        return (lambda pairs: partial(pairs[0][1], *pairs[1][1], **pairs[2][1])), items, None
     if _is_owned_object(value):
         return dict, [(k, v) for k, v in _attributes(value) if not _is_hook(k)], value
     return None, [], None
@@ -218,9 +254,9 @@ def _dict_maker(value: dict[Any, Any]) -> Callable[[list[Any]], Any]:
         return lambda pairs: defaultdict(factory, pairs)
     if isinstance(value, OrderedDict):
         return OrderedDict
-    if type(value) is dict:
+    if stands_for(value) is dict:
         return dict
-    kind = type(value)
+    kind = stands_for(value)
 
     def make(pairs: list[Any]) -> Any:
         made = kind.__new__(kind)
@@ -230,9 +266,32 @@ def _dict_maker(value: dict[Any, Any]) -> Callable[[list[Any]], Any]:
     return make
 
 
+def _in_order(elements: Any) -> list[Any]:
+    """Returns the elements of a set, numbers and strings in an order that does not depend on how it was filled."""
+    found = list(elements)
+    return sorted(found, key=repr) if all(is_number(item) or isinstance(item, str) for item in found) else found
+
+
+def stands_for(value: Any) -> Any:
+    """Returns the class of a value; of a form that is used while a trace runs, the class that it stands for."""
+    return getattr(type(value), "stands_for", type(value))
+
+
+def _as_made(_: Container, made: Any) -> Any:
+    return made
+
+
 @contextmanager
-def installed(skeleton: Skeleton, value_of: Callable[[Leaf], Any], param_of: Callable[[str], Any]) -> Iterator[None]:
-    """Fills the live objects of a skeleton with the caller's values, and restores them on leaving."""
+def installed(
+    skeleton: Skeleton,
+    value_of: Callable[[Leaf], Any],
+    param_of: Callable[[str], Any],
+    adapt: Callable[[Container, Any], Any] = _as_made,
+) -> Iterator[None]:
+    """Fills the live objects of a skeleton with the caller's values, and restores them on leaving.
+
+    `adapt` may give another form of each container that is made: empty ones that are filled later, or complete tuples.
+    """
     before: list[tuple[Any, dict[str, Any]]] = []
     made: dict[int, Any] = {}
     pending: dict[str, Any] = {}
@@ -250,10 +309,10 @@ def installed(skeleton: Skeleton, value_of: Callable[[Leaf], Any], param_of: Cal
             return part
         if part.owner is not None:
             return _fill(part, build, made, before)
-        shell = None if part.fixed else part.make([])
+        shell = None if part.fixed else adapt(part, part.make([]))
         made[part.index] = shell
         pairs = [(build(key) if isinstance(key, ParamRef) else key, build(item)) for key, item in part.items]
-        made[part.index] = _refill(shell, pairs, part.make)
+        made[part.index] = adapt(part, part.make(pairs)) if part.fixed else _refill(shell, pairs, part.make)
         return made[part.index]
 
     try:
@@ -268,7 +327,8 @@ def _fill(part: Container, build: Callable[[Any], Any], made: dict[int, Any], be
     owner = part.owner
     made[part.index] = owner
     original = vars(owner)
-    attributes = {key: build(item) for key, item in part.items}
+    built = [(key, build(item)) for key, item in part.items]
+    attributes = {key: item for key, item in built if not isinstance(key, Companion)}
     attributes.update({key: item for key, item in original.items() if _is_hook(key)})
     before.append((owner, original))
     object.__setattr__(owner, "__dict__", attributes)
@@ -280,6 +340,9 @@ def _refill(shell: Any, pairs: list[Any], make: Callable[[list[Any]], Any]) -> A
     if isinstance(shell, dict):
         for key, item in pairs:
             shell[key] = item
+        return shell
+    if isinstance(shell, set):
+        shell.update(key for key, _ in pairs)
         return shell
     if isinstance(shell, (list, deque)):
         shell.extend(item for _, item in pairs)
@@ -304,17 +367,19 @@ def leaves_of(skeleton: Skeleton) -> list[Leaf]:
 
 def owners_of(skeleton: Skeleton) -> list[Any]:
     """Returns the live objects of a skeleton."""
-    found: list[Any] = []
+    return [part.owner for part in _parts(skeleton.root) if isinstance(part, Container) and part.owner is not None]
 
-    def visit(part: Any) -> None:
-        if isinstance(part, Container):
-            if part.owner is not None:
-                found.append(part.owner)
-            for _, item in part.items:
-                visit(item)
 
-    visit(skeleton.root)
-    return found
+def opaque_of(skeleton: Skeleton) -> list[Any]:
+    """Returns what a skeleton holds by identity: functions and the like."""
+    return [part for part in _parts(skeleton.root) if is_opaque(part)]
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    yield part
+    if isinstance(part, Container):
+        for _, item in part.items:
+            yield from _parts(item)
 
 
 @contextmanager

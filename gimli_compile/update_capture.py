@@ -13,6 +13,7 @@ from gimli_compile.condition_text import expression
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
+from gimli_compile.lookups import answering
 from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, UpdateOutputs, as_leaf, plain_value
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
@@ -48,14 +49,15 @@ class _Tracing:
         skeleton = self.inputs.opt_state.skeleton
         with self.recorder, torch.no_grad():
             self._announce()
-        modules = modules_of(self.view.classes())
+        functions = self.view.functions()
+        modules = modules_of(self.view.classes(), functions)
 
         def execute() -> None:
             escapes = escapes_closed(self.recorder, modules)
-            with literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
+            with literals_marked(modules, functions), escapes, self.recorder, Interception(self.recorder):
                 self.view.step()
 
-        return self.view.run(skeleton, self.params, self.grads, self.values, execute)
+        return self.view.run(skeleton, self.params, self.grads, self.values, execute, adapt=answering)
 
     # ------------------------------------------------------------------ inputs
 
