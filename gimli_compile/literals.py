@@ -3,7 +3,8 @@
 Python asks the left operand first. A concolic int is an int, and a plain float takes any int as it is: `1.0 / step` and
 `5.0 < step` would be plain, without a guard. While a trace runs, the floats that are written in the traced modules (in
 code, as defaults, as constants of modules, `math.pi` among them, and of classes) and those that the traced functions
-enclose are of a kind that declines when the other operand is concolic.
+enclose are of a kind that declines when the other operand is concolic. Tables of numbers that lie there answer a
+concolic index (`gimli_compile.lookups`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from gimli_compile.concolic import Number
+from gimli_compile.lookups import answering_table
 
 _CONSTANTS = (math, np, torch)
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -150,15 +152,24 @@ def literals_marked(modules: Iterable[ModuleType], functions: Iterable[FunctionT
 
 def _mark_constants(holder: ModuleType | type, undo: list[Callable[[], None]]) -> None:
     for name, value in list(vars(holder).items()):
-        if type(value) is float:
-            setattr(holder, name, Literal(value))
+        marked = _mark_held(value)
+        if marked is not value:
+            setattr(holder, name, marked)
             undo.append(partial(setattr, holder, name, value))
+
+
+def _mark_held(value: Any) -> Any:
+    if type(value) is float:
+        return Literal(value)
+    table = answering_table(value)
+    return value if table is None else table
 
 
 def _mark_cell(cell: CellType, undo: list[Callable[[], None]]) -> None:
     value = _content(cell)
-    if type(value) is float:
-        cell.cell_contents = Literal(value)
+    marked = _mark_held(value)
+    if marked is not value:
+        cell.cell_contents = marked
         undo.append(partial(setattr, cell, "cell_contents", value))
 
 

@@ -11,6 +11,7 @@ a trace runs, what the optimizer and its schedulers hold answers in a way that f
 from __future__ import annotations
 
 import operator
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, cast
@@ -27,12 +28,24 @@ def answering(part: Container, made: Any) -> Any:
 
     Containers that no number looks into (without int keys, of parameters, without a length) stay as they are.
     """
-    if not part.items or any(isinstance(entry, ParamRef) for pair in part.items for entry in pair):
+    if any(isinstance(entry, ParamRef) for pair in part.items for entry in pair):
         return made
     if type(made) in _SEQUENCES:
-        return _SEQUENCES[type(made)](made)
-    keyed = isinstance(made, (dict, set, frozenset)) and any(type(key) is int for key, _ in part.items)
+        return _SEQUENCES[type(made)](made) if part.items else made
+    keys = [key for key, _ in part.items]
+    keyed = isinstance(made, dict) and any(type(key) is int for key in keys)
+    keyed |= isinstance(made, (Counter, set, frozenset)) and all(type(key) is int for key in keys)
     return _keyed_like(made) if keyed else made
+
+
+def answering_table(value: Any) -> Any:
+    """Returns the form of a list, tuple or dict of nothing but numbers that answers numbers; of anything else, None."""
+    entries = value.values() if type(value) is dict else value if type(value) in _SEQUENCES else ()
+    if not entries or not all(map(is_number, entries)):
+        return None
+    if type(value) is dict:
+        return _keyed_like(value) if any(type(key) is int for key in value) else None
+    return _SEQUENCES[type(value)](value)
 
 
 # ---------------------------------------------------------------------- dicts and sets
@@ -45,7 +58,9 @@ def _keyed_like(made: Any) -> Any:
     copied = kind.__new__(kind)
     if hasattr(made, "default_factory"):
         copied.default_factory = made.default_factory
-    dict.update(copied, made)
+    put = OrderedDict.__setitem__ if isinstance(made, OrderedDict) else dict.__setitem__
+    for key, value in made.items():
+        put(copied, key, value)
     return copied
 
 
@@ -58,6 +73,8 @@ def _keyed_form(kind: type) -> Any:
 def _is_among(number: Number, keys: Iterable[Any]) -> bool:
     """Tells whether a number is one of the keys, and guards the answer."""
     known = [plain(key) for key in keys if isinstance(key, (int, float))]
+    if not known:
+        return False
     if number.tensor.dim():
         return hash(number) in set(map(hash, known))
     return guard(number.recorder, _equals(number, known).any(), number.plain in known)

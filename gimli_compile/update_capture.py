@@ -10,6 +10,7 @@ from torch import fx
 
 from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
+from gimli_compile.disguise import Randomness, Traced, differs_in_disguise, pin_counters
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
@@ -18,7 +19,7 @@ from gimli_compile.optimizer_view import OptimizerView, UpdateInputs, UpdateOutp
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Program
-from gimli_compile.recording import DATA, HOST, Recorder
+from gimli_compile.recording import COUNTED, DATA, HOST, Recorder
 from gimli_compile.slot import Role, Slot
 from gimli_compile.snapshot import Leaf, leaves_of
 from gimli_compile.variant import Condition, UpdateVariant, split_guards
@@ -26,13 +27,26 @@ from gimli_compile.variant import Condition, UpdateVariant, split_guards
 
 def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> UpdateVariant:
     """Runs the optimizer's step once, from copies of `inputs`, and returns what it did as a program."""
+    before = Randomness.now()
     recorder = Recorder("update")
+    traced = _trace(view, inputs, recorder, title)
+    outputs, raw, conditions = traced
+    program = lower(raw, UPDATE_PASSES)
+    variant = _finish(program, conditions, outputs, recorder, inputs)
+    if not recorder.counted:
+        return variant
+
+    def trace_again() -> Traced:
+        return _trace(view, inputs, Recorder("update", disguised=True), title)
+
+    return pin_counters(variant, inputs) if differs_in_disguise(traced, trace_again, before) else variant
+
+
+def _trace(view: OptimizerView, inputs: UpdateInputs, recorder: Recorder, title: str) -> Traced:
     tracing = _Tracing(view, inputs, recorder)
     with torch.backends.cudnn.flags(enabled=False):
         outputs = tracing.run()
-    raw, conditions = tracing.program(outputs, title)
-    program = lower(raw, UPDATE_PASSES)
-    return _finish(program, conditions, outputs, recorder, inputs)
+    return Traced(outputs, *tracing.program(outputs, title))
 
 
 class _Tracing:
@@ -88,7 +102,8 @@ class _Tracing:
     def _add_leaf(self, leaf: Leaf) -> Any:
         value = self.inputs.value_of(leaf)
         slot = Slot(self.inputs.role_of(leaf), leaf.path)
-        traced = self._add(slot, value, HOST if value.dim() == 0 or slot.role is Role.HYPER else DATA)
+        reach = HOST if value.dim() == 0 or slot.role is Role.HYPER else DATA
+        traced = self._add(slot, value, reach | COUNTED if slot.role is Role.STATE and reach is HOST else reach)
         if leaf.kind == "tensor":
             return traced
         form = traced if traced.dtype == torch.float64 else traced.to(torch.float64)
