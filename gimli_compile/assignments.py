@@ -39,13 +39,20 @@ def assigned_paths(skeleton: Skeleton, optimizer: Any, run: Callable[[], None]) 
     Of the groups: the numbers whose key is assigned, and those inside of other entries that are other objects
     afterwards. Of the objects: what lies in attributes that are other objects afterwards.
     """
-    found = dict(skeleton.root.items)
-    groups = [part for _, part in found[GROUPS].items if isinstance(part, Container)]
     owners = [part for part in _owners(skeleton.root) if part.owner is not optimizer]
-    watched = [_WatchedGroup(group) for group in optimizer.param_groups]
-    plain = list(optimizer.param_groups)
     before = [dict(vars(part.owner)) for part in owners]
-    held = [{leaf: _mark(value) for leaf, value in _pairs(*pair)} for pair in zip(groups, plain, strict=True)]
+    paths = _assigned_in_groups(dict(skeleton.root.items).get(GROUPS), optimizer, run)
+    for part, attributes in zip(owners, before, strict=True):
+        paths |= _replaced(part, attributes)
+    return paths
+
+
+def _assigned_in_groups(part: Any, optimizer: Any, run: Callable[[], None]) -> set[str]:
+    plain = list(optimizer.param_groups)
+    parts = [group for _, group in part.items] if isinstance(part, Container) else []
+    pairs = list(zip(parts, plain, strict=False))
+    marks = [{leaf: _mark(value) for leaf, value in _leaves(*pair)} for pair in pairs]
+    watched = [_WatchedGroup(group) for group in plain]
     optimizer.param_groups[:] = watched
     try:
         run()
@@ -55,11 +62,10 @@ def assigned_paths(skeleton: Skeleton, optimizer: Any, run: Callable[[], None]) 
             group.update(now)
         optimizer.param_groups[:] = plain
     paths: set[str] = set()
-    for part, group, marks in zip(groups, watched, held, strict=True):
-        paths |= {item.path for key, item in part.items if isinstance(item, Leaf) and key in group.assigned}
-        paths |= {leaf.path for leaf, value in _pairs(part, group) if _is_other(_mark(value), marks.get(leaf))}
-    for part, attributes in zip(owners, before, strict=True):
-        paths |= _replaced(part, attributes)
+    for (group, _), now, known in zip(pairs, watched, marks, strict=False):
+        entries = group.items if isinstance(group, Container) else ()
+        paths |= {item.path for key, item in entries if isinstance(item, Leaf) and key in now.assigned}
+        paths |= {leaf.path for leaf, value in _leaves(group, now) if _is_other(_mark(value), known.get(leaf))}
     return paths
 
 
@@ -71,7 +77,7 @@ def _owners(part: Any) -> Iterator[Container]:
             yield from _owners(item)
 
 
-def _pairs(part: Any, value: Any) -> Iterator[tuple[Leaf, Any]]:
+def _leaves(part: Any, value: Any) -> Iterator[tuple[Leaf, Any]]:
     """Yields the leaves of a part of a group with what is there now; other structure yields nothing."""
     if isinstance(part, Leaf):
         yield part, value
@@ -79,7 +85,7 @@ def _pairs(part: Any, value: Any) -> Iterator[tuple[Leaf, Any]]:
         for key, item in part.items:
             inside = value.get(key, _MISSING) if isinstance(value, dict) else (*value, *[_MISSING] * (key + 1))[key]
             if inside is not _MISSING:
-                yield from _pairs(item, inside)
+                yield from _leaves(item, inside)
 
 
 def _mark(value: Any) -> tuple[Any, int]:

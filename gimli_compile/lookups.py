@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.concolic import Number, compare, guard, make_number, plain
 from gimli_compile.snapshot import Container, ParamRef, is_number
+
+_FEW = 16
 
 
 def answering(part: Container, made: Any) -> Any:
@@ -77,7 +79,14 @@ def _is_among(number: Number, keys: Iterable[Any]) -> bool:
         return False
     if number.tensor.dim():
         return hash(number) in set(map(hash, known))
-    return guard(number.recorder, _equals(number, known).any(), number.plain in known)
+    return guard(number.recorder, _is_any(number, known), number.plain in known)
+
+
+def _is_any(number: Number, values: list[Any]) -> torch.Tensor:
+    """Returns whether the number is one of the values; of few, as a condition that reads well and is computed once."""
+    if len(values) > _FEW:
+        return _equals(number, values).any()
+    return reduce(torch.logical_or, [number.tensor == value for value in values])
 
 
 def _equals(number: Number, values: list[Any]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytorch_optimizer.lr_scheduler as third_party
 import torch
 from eager_reference import finite_difference, relative_error
 from live_training import Untouched, objective, regression, squared_error
+from pytorch_optimizer import Lookahead
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
@@ -271,6 +272,36 @@ def test_derivatives_from_the_middle_of_training(scheduler):
 def test_derivatives_with_recomputation(checkpoint):
     errors = derivative_errors("sgd", "sequential", checkpoint=checkpoint)
     assert {path: error for path, error in errors.items() if not error <= GRADIENTS} == {}
+
+
+def test_a_state_read_in_the_middle_of_training():
+    """`functionalize` saw the fresh objects; `init` reads them as they are seven steps later."""
+    for scheduler in ("step", "sequential", "one-cycle"):
+        live = start("adam", scheduler)
+        fn = functional_of(live)
+        for batch in BATCHES[:7]:
+            live.step(batch)
+        state, losses = fn.unroll(fn.init(), BATCHES[7:15])
+        expected = torch.stack([live.step(batch) for batch in BATCHES[7:15]])
+        assert relative_error(losses, expected) <= VALUES
+        assert relative_error(state.params["weight"], live.model.weight) <= VALUES
+        rate = live.optimizer.param_groups[0]["lr"]
+        assert abs(state.opt_state["groups.0.lr"].item() - rate) <= VALUES * rate
+
+
+def test_a_scheduler_of_a_wrapped_optimizer():
+    def begin():
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 2).double()
+        inner = sgd(model.parameters())
+        scheduler = schedulers.StepLR(inner, 3, gamma=0.5)
+        return Live(model, Lookahead(inner, k=2), scheduler)
+
+    losses, params = run_live(begin())
+    fn = functional_of(begin())
+    state, got = fn.unroll(fn.init(), BATCHES[:STEPS])
+    assert relative_error(got, torch.stack(losses)) <= VALUES
+    assert relative_error(state.params["weight"], params[-1]["weight"]) <= VALUES
 
 
 # ---------------------------------------------------------------------- how many programs
