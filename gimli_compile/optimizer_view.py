@@ -183,11 +183,12 @@ class OptimizerView:
         params = {name: p.detach().clone() for name, p in live.items()}
         with torch.random.fork_rng(devices=[]):
             for count in range(3):
-                execute = self.step if count else partial(self._watch_schedulers, changing)
+                watched = self.schedulers and not count
+                execute = partial(self._watch_schedulers, changing) if watched else self.step
                 try:
                     after = self.run(skeleton, params, grads, values, execute)
                 except CaptureError:
-                    if not count:
+                    if not (count and self.schedulers):
                         raise
                     break  # a schedule that ends
                 changing |= {p for p, value in after.values.items() if _differs(value, self.values.get(p, value))}
