@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from gimli_compile.skeleton import Leaf, Skeleton, Value
 from gimli_compile.slot import Role, Slot
-from gimli_compile.snapshot import Leaf, Skeleton, Value
 from gimli_compile.state import OptState, Tensors
 from gimli_compile.tree_slots import tree_slots
 
