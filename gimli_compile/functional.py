@@ -73,8 +73,10 @@ def functionalize(
             accumulates, evaluates as often as it likes, and returns the loss (or a pytree of tensors).
         per_parameter: gives every parameter a group, and so hyperparameters, of its own.
         scheduler: a learning-rate scheduler of the optimizer, or a list of them: after `optimizer.step()`, every update
-            runs `scheduler.step()`. What it assigns is state, the learning rate among it (`groups.0.lr` of the initial
-            state); what it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`).
+            runs `scheduler.step()`, or `scheduler.step(loss)` where an argument is required (then only whole steps have
+            a program). What it assigns is state, the learning rate among it (`groups.0.lr` of the initial state); what
+            it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its
+            schedulers itself, this only declares them: their numbers are then part of the program.
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
@@ -108,7 +110,7 @@ class Functional:
         self.train_step = train_step
         check_optimizer(optimizer)
         check_functions(loss_fn, train_step)
-        self._schedulers = Schedulers(scheduler)
+        self._schedulers = Schedulers(scheduler, are_declared=train_step is not None)
         check_schedulers(self._schedulers, optimizer, per_parameter=per_parameter)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)

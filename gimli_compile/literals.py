@@ -113,14 +113,15 @@ def held_functions(values: Iterable[Any]) -> list[FunctionType]:
         found[id(value)] = value
         visit(getattr(value, "__wrapped__", None))
         for cell in value.__closure__ or ():
-            visit(_content(cell))
+            visit(content_of(cell))
 
     for value in values:
         visit(value)
     return list(found.values())
 
 
-def _content(cell: CellType) -> Any:
+def content_of(cell: CellType) -> Any:
+    """Returns what a closure's cell holds; None if nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # an empty cell
@@ -166,7 +167,7 @@ def _mark_held(value: Any) -> Any:
 
 
 def _mark_cell(cell: CellType, undo: list[Callable[[], None]]) -> None:
-    value = _content(cell)
+    value = content_of(cell)
     marked = _mark_held(value)
     if marked is not value:
         cell.cell_contents = marked

@@ -23,6 +23,7 @@ from gimli_compile.snapshot import GROUPS, freeze, grads_set, installed, is_numb
 from gimli_compile.state import OptState, Tensors, to_tensor
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
 
+_MADE_UP_LOSSES = (0.0, 1.0, -1.0)  # a better and a worse one, whichever is better
 _IMPLEMENTATION_FLAGS = ("fused", "differentiable")
 
 
@@ -172,10 +173,11 @@ class OptimizerView:
     def _observed(self, execute: Callable[[], Any], count: int, assigned: set[str]) -> None:
         """Takes a step; adds the paths of what the schedulers assign in the first, if only what was there before."""
         execute()
+        step = partial(self.schedulers.step, torch.tensor(_MADE_UP_LOSSES[count], dtype=torch.float64))
         if count or not self.companions:
-            self.schedulers.step()
+            step()
         else:
-            assigned |= assigned_paths(self.skeleton, self.optimizer, self.schedulers.step)
+            assigned |= assigned_paths(self.skeleton, self.optimizer, step)
 
     def live_params(self) -> Iterator[tuple[torch.Tensor, str]]:
         """Yields the live parameters of the optimizer with their names."""
@@ -186,7 +188,7 @@ class OptimizerView:
     def step(self) -> None:
         """Runs the optimizer's own step, and then those of the schedulers."""
         self.optimizer.step()
-        self.schedulers.step()
+        self.schedulers.follow()
 
     @property
     def step_name(self) -> str:

@@ -10,9 +10,13 @@ from gimli_compile.errors import InputError, compose_message
 
 
 class Schedulers:
-    """What was passed as `scheduler`: one, a list of them, or None."""
+    """What was passed as `scheduler`: one, a list of them, or None.
 
-    def __init__(self, given: Any = None) -> None:
+    `are_declared` says that the user's train step steps them itself.
+    """
+
+    def __init__(self, given: Any = None, *, are_declared: bool = False) -> None:
+        self.are_declared = are_declared
         self.companions: dict[str, Any] = {} if given is None else {"scheduler": given}
         self._each: list[Any] = []
         if given is not None:
@@ -21,10 +25,22 @@ class Schedulers:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._each)
 
-    def step(self) -> None:
-        """Steps each, in order."""
+    @property
+    def need_loss(self) -> bool:
+        """Tells whether the step of one of them is called with the loss."""
+        return not self.are_declared and any(map(required_arguments, self._each))
+
+    def follow(self, loss: Any = None) -> None:
+        """Does what comes after the optimizer's step: nothing if the train step does it."""
+        if not self.are_declared:
+            self.step(loss)
+
+    def step(self, loss: Any = None) -> None:
+        """Steps each, in order; with the loss where an argument is required, as the plateau of a metric does."""
         for scheduler in self._each:
-            scheduler.step()
+            required = required_arguments(scheduler)
+            if len(required) <= 1:
+                scheduler.step(*[loss for _ in required])
 
 
 def check_schedulers(schedulers: Schedulers, optimizer: Any, *, per_parameter: bool) -> None:
@@ -40,14 +56,14 @@ def check_schedulers(schedulers: Schedulers, optimizer: Any, *, per_parameter: b
                     "Pass a scheduler, or a list of schedulers.",
                 )
             )
-        required = _required_arguments(one)
-        if required:
+        required = required_arguments(one)
+        if len(required) > 1 and not schedulers.are_declared:
             raise InputError(
                 compose_message(
-                    f"`{name}.step` needs an argument: {', '.join(required)}",
+                    f"`{name}.step` needs {len(required)} arguments: {', '.join(required)}",
                     None,
-                    "After every `optimizer.step()`, `scheduler.step()` is run without arguments.",
-                    "Use a scheduler that follows the number of steps alone.",
+                    "After every `optimizer.step()`, `scheduler.step()` is run, with the loss if it needs an argument.",
+                    "Step it in a train step of your own, and pass both: `train_step=` and `scheduler=`.",
                 )
             )
         if isinstance(getattr(one, "optimizer", None), type(optimizer)) and one.optimizer is not optimizer:
@@ -70,7 +86,7 @@ def check_schedulers(schedulers: Schedulers, optimizer: Any, *, per_parameter: b
         )
 
 
-def _required_arguments(stepper: Any) -> list[str]:
+def required_arguments(stepper: Any) -> list[str]:
     """Returns the names of the arguments that `stepper.step` cannot do without."""
     step = stepper.step
     try:

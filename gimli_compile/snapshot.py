@@ -215,7 +215,7 @@ def _open(value: Any) -> tuple[Callable[[list[Any]], Any] | None, list[tuple[Any
     if type(value) is partial:
         items = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
         return (lambda pairs: partial(pairs[0][1], *pairs[1][1], **pairs[2][1])), items, None
-    if _is_owned_object(value):
+    if is_owned_object(value):
         return dict, [(k, v) for k, v in _attributes(value) if not _is_hook(k)], value
     return None, [], None
 
@@ -228,7 +228,8 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     )
 
 
-def _is_owned_object(value: Any) -> bool:
+def is_owned_object(value: Any) -> bool:
+    """Tells whether a value is an object whose attributes are walked."""
     if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__") or (callable(value) and not _has_state(value)):
         return False
     module = type(value).__module__.split(".")[0]

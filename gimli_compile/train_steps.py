@@ -40,7 +40,7 @@ class DefaultStep:
             return loss
 
         loss = self.protocol.step(optimizer, evaluate)
-        self.schedulers.step()
+        self.schedulers.follow(loss)
         return loss
 
 

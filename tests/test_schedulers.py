@@ -501,9 +501,17 @@ def test_many_tasks_at_once():
 # ---------------------------------------------------------------------- what is refused
 
 
-def test_a_scheduler_that_needs_the_loss_is_refused():
-    with pytest.raises(gimli.InputError, match=r"`ReduceLROnPlateau.step` needs an argument: metrics"):
-        functional_of(start("sgd", make(schedulers.ReduceLROnPlateau)))
+class Demanding:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, metric, epoch):
+        self.optimizer.param_groups[0]["lr"] = metric / epoch
+
+
+def test_a_scheduler_that_needs_more_than_the_loss_is_refused():
+    with pytest.raises(gimli.InputError, match=r"`Demanding.step` needs 2 arguments: metric, epoch"):
+        functional_of(start("sgd", Demanding))
 
 
 def test_what_is_no_scheduler_is_refused():
