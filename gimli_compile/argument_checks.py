@@ -35,7 +35,7 @@ def check_plain(protocol: Protocol | None, name: str) -> None:
             compose_message(
                 f"`{name}.step` is no function of gradients alone",
                 None,
-                "It evaluates the loss itself, or differentiates the gradients, so only the whole step has a program.",
+                "It evaluates the loss or differentiates gradients, or a scheduler needs the loss: only the step can.",
                 "Use `step` and `unroll`, and look at `programs['step']`.",
             )
         )

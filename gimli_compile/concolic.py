@@ -16,9 +16,10 @@ import torch
 
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.provenance import current_source, user_source
-from gimli_compile.recording import DATA, Baked, Guard, Recorder
+from gimli_compile.recording import COUNTED, DATA, Baked, Guard, Recorder
 
 Plain = float | int
+_DISGUISE = -(2**70)  # no index, no size, and no loop over it runs for long
 
 
 class Number:
@@ -93,21 +94,31 @@ class FloatNumber(Number, float):
 
 
 class IntNumber(Number, int):
-    """An int that carries a tensor."""
+    """An int that carries a tensor, and its concrete value apart from what it is as an int."""
+
+    value: int
 
     @property
     def plain(self) -> int:
         """The concrete value as an ordinary int."""
-        return int.__add__(self, 0)
+        return self.value
 
 
 def make_number(value: Plain, tensor: torch.Tensor, recorder: Recorder) -> Any:
     """Returns a number of `value` that stands for `tensor` (0-dim float64, or of a parameter's shape)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"a number stands for an int or a float, not for {type(value).__name__}")
-    number = IntNumber(value) if isinstance(value, int) else FloatNumber(value)
+    number = _make_int(value, tensor, recorder) if isinstance(value, int) else FloatNumber(value)
     number.tensor = tensor
     number.recorder = recorder
+    return number
+
+
+def _make_int(value: int, tensor: torch.Tensor, recorder: Recorder) -> IntNumber:
+    counts = recorder.reach(tensor) & (COUNTED | DATA) == COUNTED
+    recorder.counted |= counts
+    number = IntNumber(_DISGUISE if counts and recorder.disguised else value)
+    number.value = value
     return number
 
 
@@ -239,6 +250,8 @@ def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[.
     def method(self: Any, other: Any, *rest: Any) -> Any:
         if python is operator.mul and isinstance(self, IntNumber) and isinstance(other, (list, tuple, str)):
             return other * int(bake(self, "a number of repetitions"))
+        if isinstance(other, np.ndarray) and not rest:
+            return _with_array(python, self, other, swapped=swapped)
         if not _is_operand(other) or rest:
             return NotImplemented
         return binary(python, on_tensors, other, self) if swapped else binary(python, on_tensors, self, other)
@@ -246,8 +259,16 @@ def _make_arithmetic(python: Callable[..., Any], *, swapped: bool) -> Callable[.
     return method
 
 
+def _with_array(python: Callable[..., Any], number: Any, array: Any, *, swapped: bool) -> Any:
+    """Arrays of NumPy have no tensor form: the number is pinned."""
+    value = bake(number, "a number that meets a NumPy array")
+    return python(array, value) if swapped else python(value, array)
+
+
 def _make_comparison(python: Callable[..., bool]) -> Callable[..., Any]:
     def method(self: Any, other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            return _with_array(python, self, other, swapped=False)
         return compare(python, self, other) if _is_operand(other) else NotImplemented
 
     return method

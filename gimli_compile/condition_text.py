@@ -8,7 +8,7 @@ from torch import fx
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "floor_divide": "//", "remainder": "%", "pow": "**",
-    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "logical_or": "or", "logical_and": "and",
 }  # fmt: skip
 _TRANSPARENT = {"_to_copy", "clone", "detach", "alias", "expand", "reshape", "view"}
 

@@ -16,8 +16,8 @@ from gimli_compile.errors import CaptureError
 from gimli_compile.metadata import insert_call
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.program import Program
+from gimli_compile.skeleton import leaves_of
 from gimli_compile.slot import Role, Slot
-from gimli_compile.snapshot import leaves_of
 from gimli_compile.update_capture import ancestors
 from gimli_compile.update_values import UpdateInputs
 from gimli_compile.validation import perturbed, program_results, reproduces

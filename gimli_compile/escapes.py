@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,13 @@ _BINARY = {
 _TESTS = {"isnan": torch.isnan, "isinf": torch.isinf, "isfinite": torch.isfinite}
 _NUMPY = {
     "sqrt": torch.sqrt, "exp": torch.exp, "log": torch.log, "log1p": torch.log1p, "sin": torch.sin, "cos": torch.cos,
-    "tanh": torch.tanh, "abs": torch.abs, "absolute": torch.abs, "square": torch.square,
+    "tanh": torch.tanh, "abs": torch.abs, "absolute": torch.abs, "square": torch.square, "log2": torch.log2,
+    "log10": torch.log10, "expm1": torch.expm1, "floor": torch.floor, "ceil": torch.ceil,
 }  # fmt: skip
 _NUMPY_BINARY = {"power": torch.pow, "maximum": torch.maximum, "minimum": torch.minimum}
+
+
+_PACKAGE = __name__.split(".")[0]
 
 
 def _as_tensor(value: Any) -> torch.Tensor:
@@ -223,26 +227,28 @@ def _to_int(number: Number) -> Any:
     return make_number(int(number.plain), form, number.recorder)
 
 
-_OWN = __name__.split(".")[0]
+def modules_of(classes: Iterable[type], functions: Iterable[FunctionType] = ()) -> list[ModuleType]:
+    """Returns the modules in which code of these classes and functions may live.
 
-
-def modules_of(classes: Iterable[type]) -> list[ModuleType]:
-    """Returns the modules in which code of these classes may live: their own and their packages'."""
+    Of classes: their own and their packages'. Of functions: their own.
+    """
     prefixes = set()
+    own = {function.__module__ for function in functions}
+    own = {name for name in own if name and name.split(".")[0] not in (*sys.stdlib_module_names, _PACKAGE)}
     for cls in classes:
         for base in cls.__mro__:
             parts = base.__module__.split(".")
             if parts[0] not in sys.stdlib_module_names:
                 prefixes.add(".".join(parts[:2]) if parts[0] == "torch" else parts[0])
-    prefixes.discard(_OWN)  # what captures is not captured
+    prefixes.discard(_PACKAGE)  # what captures is not captured
     named = [(name, module) for name, module in list(sys.modules.items()) if isinstance(module, ModuleType)]
-    return [m for name, m in named if any(name == p or name.startswith(p + ".") for p in prefixes)]
+    return [m for name, m in named if name in own or any(name == p or name.startswith(p + ".") for p in prefixes)]
 
 
 def modules_of_functions(functions: Iterable[Callable[..., Any]]) -> list[ModuleType]:
     """Returns the modules in which functions were written."""
     names = [getattr(inspect.unwrap(function), "__module__", None) for function in functions]
-    return [sys.modules[name] for name in names if name in sys.modules and name.split(".")[0] != _OWN]
+    return [sys.modules[name] for name in names if name in sys.modules and name.split(".")[0] != _PACKAGE]
 
 
 @contextmanager

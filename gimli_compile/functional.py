@@ -34,6 +34,7 @@ from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows
+from gimli_compile.schedulers import Schedulers, check_schedulers
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
@@ -56,6 +57,7 @@ def functionalize(
     *,
     train_step: TrainStep | None = None,
     per_parameter: bool = False,
+    scheduler: Any = None,
 ) -> Functional:
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
@@ -72,12 +74,19 @@ def functionalize(
             `train_step(model, optimizer, batch, meta)`. It calls `zero_grad`, `backward` and `step` as usual, clips,
             accumulates, evaluates as often as it likes, and returns the loss (or a pytree of tensors).
         per_parameter: gives every parameter a group, and so hyperparameters, of its own.
+        scheduler: a learning-rate scheduler of the optimizer, or a list of them: after `optimizer.step()`, every update
+            runs `scheduler.step()`, or `scheduler.step(loss)` where an argument is required (then only whole steps have
+            a program). What it assigns is state, the learning rate among it (`groups.0.lr` of the initial state); what
+            it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its
+            schedulers itself, this only declares them: their numbers are then part of the program.
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
         CaptureError: a step of the optimizer does not run.
     """
-    return Functional(model, optimizer, loss_fn, train_step=train_step, per_parameter=per_parameter)
+    return Functional(
+        model, optimizer, loss_fn, train_step=train_step, per_parameter=per_parameter, scheduler=scheduler
+    )
 
 
 class Functional:
@@ -95,6 +104,7 @@ class Functional:
         *,
         train_step: TrainStep | None = None,
         per_parameter: bool = False,
+        scheduler: Any = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -102,10 +112,14 @@ class Functional:
         self.train_step = train_step
         check_optimizer(optimizer)
         check_functions(loss_fn, train_step)
+        self._schedulers = Schedulers(scheduler, are_declared=train_step is not None)
+        check_schedulers(self._schedulers, optimizer, per_parameter=per_parameter)
         self._model_view = ModelView(model)
         check_optimizer_params(optimizer, self._model_view)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
-        self._view = OptimizerView(optimizer, names, per_parameter=per_parameter, opaque=modules)
+        self._view = OptimizerView(
+            optimizer, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers
+        )
         kind = type(optimizer)
         self._title = f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
@@ -122,7 +136,7 @@ class Functional:
         assert self._protocol is not None
         if self._protocol.is_plain:
             return SplitStepper(self._losses, self._updates, self._trained)
-        return self._whole(DefaultStep(self.loss_fn or _missing_loss, self._protocol))
+        return self._whole(DefaultStep(self.loss_fn or _missing_loss, self._protocol, self._schedulers))
 
     def _whole(self, train_step: DefaultStep | UserStep) -> WholeStepper:
         view = StepView(self._view, self._model_view, train_step)
@@ -146,15 +160,15 @@ class Functional:
         """
         check_options(self._view)
         skeleton, values = self._view.read()
-        used = self._used_paths()
+        used = self._used_paths() | self._view.companion_paths()
         leaves = self._view.hyper_leaves()
         shown = {leaf.path for leaf in leaves if leaf.is_tensor or leaf.path.startswith("groups.") or leaf.path in used}
         return build_hyperparameters(skeleton, values, shown)
 
     def _used_paths(self) -> set[str]:
         """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
-        every = {leaf.path for leaf in self._view.hyper_leaves()}
-        if all(path.startswith("groups.") for path in every):
+        every, shown = {leaf.path for leaf in self._view.hyper_leaves()}, self._view.companion_paths()
+        if all(path.startswith("groups.") or path in shown for path in every):
             return every
         table = self._example_table()
         return every if table is None else table.used_hyperparameters()
@@ -169,7 +183,7 @@ class Functional:
             return self._updates
         state, hyper = self.init(), self._hyper_values(None)
         evaluate = quadratic_loss(self.optimizer)
-        stepper = self._whole(DefaultStep(lambda *_: evaluate(), self._protocol))
+        stepper = self._whole(DefaultStep(lambda *_: evaluate(), self._protocol, self._schedulers))
         with torch.random.fork_rng(), torch.no_grad():
             for _ in range(2):
                 state, _ = stepper.step(StepInputs(state, None, hyper, None))
@@ -356,12 +370,16 @@ class Functional:
         whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
         return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
 
-    def load_into(self, model: Any, optimizer: Any, state: TrainState) -> None:
-        """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure."""
+    def load_into(self, model: Any, optimizer: Any, state: TrainState, scheduler: Any = None) -> None:
+        """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure.
+
+        The state of schedulers goes into `scheduler`; by default, with the optimizer that `functionalize` was given,
+        into the scheduler given there.
+        """
         live = ModelView(model)
         check_tensors(state.params, live.live_params, "state.params")
         check_tensors(state.buffers, live.live_buffers, "state.buffers")
-        write_back(self._view, live, optimizer, state)
+        write_back(self._view, live, optimizer, state, Schedulers(scheduler))
 
     def __repr__(self) -> str:
         return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"

@@ -2,20 +2,28 @@
 
 Python asks the left operand first. A concolic int is an int, and a plain float takes any int as it is: `1.0 / step` and
 `5.0 < step` would be plain, without a guard. While a trace runs, the floats that are written in the traced modules (in
-code, as defaults, as module constants) are of a kind that declines when the other operand is concolic.
+code, as defaults, as constants of modules, `math.pi` among them, and of classes) and those that the traced functions
+enclose are of a kind that declines when the other operand is concolic. Tables of numbers that lie there answer a
+concolic index (`gimli_compile.lookups`).
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from gimli_compile.concolic import Number
+import numpy as np
+import torch
 
+from gimli_compile.concolic import Number
+from gimli_compile.lookups import answering_table
+
+_CONSTANTS = (math, np, torch)
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
@@ -94,22 +102,76 @@ def _unwrapped(member: Any) -> Iterator[FunctionType]:
             function = getattr(function, "__wrapped__", None)
 
 
+def held_functions(values: Iterable[Any]) -> list[FunctionType]:
+    """Returns the functions among some objects, what they wrap and what they enclose, each once."""
+    found: dict[int, FunctionType] = {}
+
+    def visit(value: Any) -> None:
+        value = value.__func__ if isinstance(value, MethodType) else value
+        if not isinstance(value, FunctionType) or id(value) in found:
+            return
+        found[id(value)] = value
+        visit(getattr(value, "__wrapped__", None))
+        for cell in value.__closure__ or ():
+            visit(content_of(cell))
+
+    for value in values:
+        visit(value)
+    return list(found.values())
+
+
+def content_of(cell: CellType) -> Any:
+    """Returns what a closure's cell holds; None if nothing yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
 @contextmanager
-def literals_marked(modules: Iterable[ModuleType]) -> Iterator[None]:
-    """Makes the floats that are written in these modules literals while the trace runs."""
+def literals_marked(modules: Iterable[ModuleType], functions: Iterable[FunctionType] = ()) -> Iterator[None]:
+    """Makes the floats that are written in these modules and functions literals while the trace runs."""
     undo: list[Callable[[], None]] = []
     try:
+        for module in (*_CONSTANTS, *modules):
+            _mark_constants(module, undo)
         for module in modules:
-            for name, value in list(vars(module).items()):
-                if type(value) is float:
-                    vars(module)[name] = Literal(value)
-                    undo.append(partial(vars(module).__setitem__, name, value))
+            for value in list(vars(module).values()):
+                if isinstance(value, type) and value.__module__ == module.__name__:
+                    _mark_constants(value, undo)
             for function in functions_of(module):
                 _mark_function(function, undo)
+        for function in functions:
+            _mark_function(function, undo)
+            for cell in function.__closure__ or ():
+                _mark_cell(cell, undo)
         yield
     finally:
         for restore in reversed(undo):
             restore()
+
+
+def _mark_constants(holder: ModuleType | type, undo: list[Callable[[], None]]) -> None:
+    for name, value in list(vars(holder).items()):
+        marked = _mark_held(value)
+        if marked is not value:
+            setattr(holder, name, marked)
+            undo.append(partial(setattr, holder, name, value))
+
+
+def _mark_held(value: Any) -> Any:
+    if type(value) is float:
+        return Literal(value)
+    table = answering_table(value)
+    return value if table is None else table
+
+
+def _mark_cell(cell: CellType, undo: list[Callable[[], None]]) -> None:
+    value = content_of(cell)
+    marked = _mark_held(value)
+    if marked is not value:
+        cell.cell_contents = marked
+        undo.append(partial(setattr, cell, "cell_contents", value))
 
 
 def _mark_function(function: FunctionType, undo: list[Callable[[], None]]) -> None:

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from gimli_compile.assignments import assigned_paths
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
+from gimli_compile.literals import held_functions
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.provenance import user_source
 from gimli_compile.row_gradients import as_eager
-from gimli_compile.snapshot import (
-    GROUPS,
-    Leaf,
-    Skeleton,
-    Value,
-    freeze,
-    grads_set,
-    installed,
-    is_number,
-    leaves_of,
-    owners_of,
-    parts_by_parameter,
-)
+from gimli_compile.schedulers import Schedulers
+from gimli_compile.skeleton import Companion, Leaf, Skeleton, Value, leaves_of, opaque_of, owners_of, parts_by_parameter
+from gimli_compile.snapshot import GROUPS, freeze, grads_set, installed, is_number
 from gimli_compile.state import OptState, Tensors, to_tensor
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
 
+_MADE_UP_LOSSES = (0.0, 1.0, -1.0)  # a better and a worse one, whichever is better
 _IMPLEMENTATION_FLAGS = ("fused", "differentiable")
 
 
@@ -43,8 +38,11 @@ class OptimizerView:
         *,
         per_parameter: bool = False,
         opaque: Collection[int] = (),
+        schedulers: Schedulers | None = None,
     ) -> None:
         self.optimizer = optimizer
+        self.schedulers = Schedulers() if schedulers is None else schedulers
+        self.companions = self.schedulers.companions
         self.names = names
         self.per_parameter = per_parameter
         self.opaque = opaque
@@ -68,7 +66,7 @@ class OptimizerView:
     def read(self) -> tuple[Skeleton, dict[str, Value]]:
         """Returns the present structure and values of the live optimizer."""
         with self._split_groups():
-            return freeze(self.optimizer, self.names, self.opaque)
+            return freeze(self.optimizer, self.names, self.opaque, self.companions)
 
     @contextmanager
     def _split_groups(self) -> Iterator[None]:
@@ -127,11 +125,21 @@ class OptimizerView:
         """Returns copies of the live state."""
         skeleton, values = self.read()
         kept = [leaf for leaf in leaves_of(skeleton) if leaf.path not in self.hyper_paths]
-        return OptState(skeleton, share_counters({leaf.path: to_tensor(values[leaf.path], leaf.kind) for leaf in kept}))
+        found = {leaf.path: to_tensor(values[leaf.path], leaf.kind) for leaf in kept}
+        return OptState(skeleton, share_counters(found, {leaf.path for leaf in kept if leaf.kind == "float"}))
 
     def classes(self) -> list[type]:
         """Returns the classes of the objects that make up the optimizer."""
         return [type(owner) for owner in owners_of(self.skeleton)]
+
+    def functions(self) -> list[FunctionType]:
+        """Returns the functions that the optimizer and the schedulers hold."""
+        return held_functions(opaque_of(self.skeleton))
+
+    def companion_paths(self) -> set[str]:
+        """Returns the paths of the values of the schedulers."""
+        parts = [part for key, part in self.skeleton.root.items if isinstance(key, Companion)]
+        return {leaf.path for part in parts for leaf in leaves_of(Skeleton(part, ()))}
 
     def group_names(self) -> list[list[str]]:
         """Returns the names of the parameters of each group, as the groups are shown."""
@@ -152,13 +160,26 @@ class OptimizerView:
         params = {name: p.detach().clone() for name, p in live.items()}
         after = UpdateOutputs(params, skeleton, values)
         with generators_forked():
-            for _ in range(3):
-                after = self.run(after.skeleton, after.params, grads, after.values, execute)
-                changing |= {
-                    p for p, value in after.values.items() if p in self.values and _differs(value, self.values[p])
-                }
-        self.changing = changing
+            for count in range(3):
+                steps = partial(self._observed, execute, count, changing)
+                try:
+                    after = self.run(after.skeleton, after.params, grads, after.values, steps)
+                except CaptureError:
+                    if not (count and self.companions):
+                        raise
+                    break  # a schedule that ends
+                changing |= {p for p, value in after.values.items() if _differs(value, self.values.get(p, value))}
+        self.changing = changing & set(self.values)
         return after
+
+    def _observed(self, execute: Callable[[], Any], count: int, assigned: set[str]) -> None:
+        """Takes a step; adds the paths of what the schedulers assign in the first, if only what was there before."""
+        execute()
+        step = partial(self.schedulers.step, torch.tensor(_MADE_UP_LOSSES[count], dtype=torch.float64))
+        if count or not self.companions:
+            step()
+        else:
+            assigned |= assigned_paths(self.skeleton, self.optimizer, step)
 
     def live_params(self) -> Iterator[tuple[torch.Tensor, str]]:
         """Yields the live parameters of the optimizer with their names."""
@@ -167,8 +188,14 @@ class OptimizerView:
                 yield p, self.names[id(p)]
 
     def step(self) -> None:
-        """Runs the optimizer's own step."""
+        """Runs the optimizer's own step, and then those of the schedulers."""
         self.optimizer.step()
+        self.schedulers.follow()
+
+    @property
+    def step_name(self) -> str:
+        """What `step` runs, for messages."""
+        return " and ".join(f"`{type(part).__name__}.step`" for part in (self.optimizer, *self.schedulers))
 
     def run(
         self,
@@ -177,10 +204,12 @@ class OptimizerView:
         grads: Mapping[str, torch.Tensor | None],
         values: Mapping[str, Any],
         execute: Callable[[], None],
+        **options: Any,
     ) -> UpdateOutputs:
         """Runs `execute` with the optimizer holding these values in place of its own; live objects come back unchanged.
 
-        `params` are copied into leaves that require gradients as the live ones do; `values` are used as they are.
+        `params` are copied into leaves that require gradients as the live ones do; `values` are used as they are;
+        `options` are those of `installed`.
         """
         requires = {name: p.requires_grad for p, name in self.live_params()}
         leaves: dict[str, torch.Tensor] = {
@@ -190,11 +219,11 @@ class OptimizerView:
         }
         names = {id(leaf): name for name, leaf in leaves.items()}
         held = {name: grads.get(name) for name in leaves}
-        fill = installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__)
+        fill = installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__, **options)
         with generators_kept(skeleton), fill, grads_set(leaves, held), differentiable_forms():
             with flags_cleared(self.optimizer):
                 self.execute(execute)
-            after, found = freeze(self.optimizer, names, self.opaque)
+            after, found = freeze(self.optimizer, names, self.opaque, self.companions)
         return UpdateOutputs(leaves, after, found)
 
     def execute(self, execute: Callable[[], Any]) -> Any:
@@ -204,10 +233,9 @@ class OptimizerView:
         except (CaptureError, InputError):
             raise
         except Exception as error:
-            name = type(self.optimizer).__name__
             raise CaptureError(
                 compose_message(
-                    f"`{name}.step` raised {type(error).__name__}: {error}",
+                    f"{self.step_name} raised {type(error).__name__}: {error}",
                     _where(error) or user_source(),
                     "The optimizer's own step was run on copies of its parameters and state.",
                     "Check that the same step runs in eager mode with these options and gradients.",
@@ -260,12 +288,15 @@ def plain_value(value: torch.Tensor, kind: str) -> Any:
     return int(number) if kind == "int" and number == int(number) else float(number)
 
 
-def share_counters(values: Tensors) -> Tensors:
-    """Lets equal 0-dim tensors of one kind be one tensor, so that a program computes them once."""
+def share_counters(values: Tensors, apart: Collection[str] = ()) -> Tensors:
+    """Lets equal 0-dim tensors of one kind be one tensor, so that a program computes them once.
+
+    Those of `apart` stay tensors of their own: floats, such as learning rates, are differentiated one by one.
+    """
     shared: dict[Any, torch.Tensor] = {}
     made: Tensors = {}
     for path, value in values.items():
-        if value.dim() == 0 and value.device.type == "cpu":
+        if value.dim() == 0 and value.device.type == "cpu" and path not in apart:
             key = (path.rsplit(".", 1)[-1], value.dtype, value.item())
             value = shared.setdefault(key, value)
         made[path] = value

@@ -14,7 +14,7 @@ from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.host_draws import host_states
 from gimli_compile.provenance import user_source
 from gimli_compile.recording import Recorder
-from gimli_compile.snapshot import Skeleton, static_parts
+from gimli_compile.skeleton import Skeleton, static_parts
 
 
 @contextmanager

@@ -30,13 +30,14 @@ class Protocol:
 
     `gradient`: the gradient is there before the step. `closure`: the step is given a function that evaluates the loss
     and its gradient again. `number`: that function returns a plain number. `graph`: the gradients keep their graph, so
-    that the step can differentiate them.
+    that the step can differentiate them. `follows`: what comes after the step, the schedulers, needs the loss.
     """
 
     gradient: bool = True
     closure: bool = False
     number: bool = False
     graph: bool = False
+    follows: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -117,7 +118,7 @@ def choose_protocol(view: OptimizerView, *, is_needed: bool) -> Protocol | None:
         except CaptureError as error:
             first = first or error
             continue
-        return _with_gradient_if_used(view, protocol, after)
+        return replace(_with_gradient_if_used(view, protocol, after), follows=view.schedulers.need_loss)
     if is_needed and first is not None:
         raise first
     return None

@@ -31,6 +31,7 @@ aten = torch.ops.aten
 HOST = 1  # the value follows from counters and hyperparameters alone
 HOST_DRAW = "number"  # what names the draws of Python's and NumPy's generators
 DATA = 2  # the value depends on parameters, gradients, batches or draws
+COUNTED = 4  # the value depends on numbers of the state, which change from step to step
 _NOT_RECORDED = {aten.is_same_size.default, aten.is_pinned.default}
 
 
@@ -82,12 +83,15 @@ class Recorder(TorchDispatchMode):
 
     Tensors are known by identity. A tensor that nobody announced (`add_input`) and no recorded operator made is a
     constant and becomes an input of role CONSTANT that is bound to that very tensor. `name` sets apart the constants
-    and draws of programs that are put together.
+    and draws of programs that are put together. `disguised` is for a second look at code whose counters are not what
+    they seem to those who do not ask them: see `gimli_compile.disguise`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, disguised: bool = False) -> None:
         super().__init__()
         self.name = name
+        self.disguised = disguised
+        self.counted = False
         self.graph = fx.Graph()
         self.inputs: list[Slot] = []
         self.constants: dict[Slot, torch.Tensor] = {}
@@ -158,7 +162,7 @@ class Recorder(TorchDispatchMode):
         self._nodes[other] = self.node_of(tensor)
 
     def reach(self, tensor: torch.Tensor) -> int:
-        """Returns what a tensor's value depends on: a union of HOST and DATA, 0 for a constant."""
+        """Returns what a tensor's value depends on: a union of HOST, DATA and COUNTED, 0 for a constant."""
         return self._reach.get(_storage(tensor), 0) if tensor in self._nodes else 0
 
     # ------------------------------------------------------------------ operators

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import nn
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, plain_value
-from gimli_compile.snapshot import GROUPS, Again, Container, Leaf, ParamRef, freeze
+from gimli_compile.schedulers import Schedulers
+from gimli_compile.skeleton import Again, Companion, Container, Leaf, ParamRef, is_opaque
+from gimli_compile.snapshot import GROUPS, freeze
 from gimli_compile.state import TrainState
 
 
-def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState) -> None:
-    """Copies parameters and buffers in place, and gives the optimizer the state's structure and values."""
+def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState, schedulers: Schedulers) -> None:
+    """Copies parameters and buffers in place, and gives optimizer and scheduler the state's structure and values."""
     if type(optimizer) is not type(view.optimizer):
         raise InputError(
             compose_message(
@@ -38,31 +41,66 @@ def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: Trai
                 "Create the optimizer with the same groups.",
             )
         )
+    companions = _companions(view, optimizer, schedulers)
     with torch.no_grad():
         for name, value in state.params.items():
             live.live_params[name].copy_(value.detach())
         for name, value in state.buffers.items():
             live.live_buffers[name].copy_(value.detach())
-    _write_optimizer(view, live, optimizer, state)
+    _write_optimizer(view, live, optimizer, companions, state)
 
 
-def _write_optimizer(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState) -> None:
+def _companions(view: OptimizerView, optimizer: Any, schedulers: Schedulers) -> dict[str, Any]:
+    """Returns the objects to write beside the optimizer."""
+    if not schedulers.companions and optimizer is view.optimizer:
+        return view.companions
+    found = [type(one) for one in schedulers]
+    if found == [type(one) for one in view.schedulers]:
+        return schedulers.companions
+    raise InputError(
+        compose_message(
+            f"the state is that of {view.step_name}, and the scheduler passed is {_names(found)}",
+            None,
+            "A state holds the place in the schedule that its learning rates belong to.",
+            "Pass the schedulers of the optimizer: `load_into(model, optimizer, state, scheduler)`.",
+        )
+    )
+
+
+def _names(classes: list[type]) -> str:
+    return ", ".join(f"a {kind.__name__}" for kind in classes) or "none"
+
+
+def _write_optimizer(
+    view: OptimizerView, live: ModelView, optimizer: Any, companions: dict[str, Any], state: TrainState
+) -> None:
     root = state.opt_state.skeleton.root
-    _, present = freeze(optimizer, live.param_names)
-    writing = _Writing(state, live.live_params, {**view.values, **present})
+    opaque = set(map(id, live.modules()))
+    _, present = freeze(optimizer, live.param_names, opaque, companions)
+    present = {**view.values, **present}
+    writing = _Writing(state, live.live_params, present, elsewhere=optimizer is not view.optimizer)
     writing.made[root.index] = optimizer
     attributes = writing.attributes_of(root, optimizer)
     _write_groups(optimizer, attributes.pop(GROUPS), state)
     vars(optimizer).update(attributes)
+    for key, item in root.items:
+        if isinstance(key, Companion):
+            writing.build(item, companions[key.name])
 
 
 class _Writing:
-    """Builds what a live optimizer is to hold; its own objects and parameters are filled, not replaced."""
+    """Builds what a live optimizer is to hold; its own objects and parameters are filled, not replaced.
 
-    def __init__(self, state: TrainState, params: Mapping[str, torch.Tensor], present: Mapping[str, Any]) -> None:
+    An optimizer elsewhere, not that of the state, also keeps its own functions, and what else is known by identity.
+    """
+
+    def __init__(
+        self, state: TrainState, params: Mapping[str, torch.Tensor], present: Mapping[str, Any], *, elsewhere: bool
+    ) -> None:
         self.state = state.opt_state
         self.params = params
         self.present = present
+        self.elsewhere = elsewhere
         self.made: dict[int, Any] = {}
         self.values: dict[str, Any] = {}
 
@@ -76,7 +114,9 @@ class _Writing:
             return self.params[part.name]
         if isinstance(part, Again):
             return self.made[part.index]
-        return self._container(part, there) if isinstance(part, Container) else part
+        if isinstance(part, Container):
+            return self._container(part, there)
+        return there if self.elsewhere and is_opaque(part) and type(there) is type(part) else part
 
     def _value_of(self, leaf: Leaf, there: Any) -> Any:
         if leaf.path not in self.state.values_by_path:
@@ -99,7 +139,8 @@ class _Writing:
 
     def attributes_of(self, part: Container, owner: Any) -> dict[str, Any]:
         """Builds the attributes of an object."""
-        return {key: self.build(item, vars(owner).get(key)) for key, item in part.items}
+        pairs = [(key, item) for key, item in part.items if not isinstance(key, Companion)]
+        return {key: self.build(item, vars(owner).get(key)) for key, item in pairs}
 
 
 def _item(container: Any, key: Any) -> Any:
@@ -108,7 +149,7 @@ def _item(container: Any, key: Any) -> Any:
         return container.get(key)
     if isinstance(container, (list, tuple, deque)) and key < len(container):
         return container[key]
-    return None
+    return getattr(container, key) if isinstance(container, partial) else None
 
 
 def _write_groups(optimizer: Any, groups: list[dict[str, Any]], state: TrainState) -> None:

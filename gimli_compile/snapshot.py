@@ -1,8 +1,9 @@
 """Takes apart what an optimizer holds, and puts it back together with other values.
 
-`freeze` walks an object and whatever it owns (dicts, lists, deques, objects with attributes) and gives a skeleton: the
-same structure with a `Leaf` in the place of every tensor and number and a `ParamRef` in the place of every parameter.
-Modules that the object owns are walked as well: what is registered in them is named as they name it (`net.0.weight`).
+`freeze` walks an object and whatever it owns (dicts, lists, deques, sets, partial functions, objects with attributes)
+and gives a skeleton: the same structure with a `Leaf` in the place of every tensor and number and a `ParamRef` in the
+place of every parameter. Modules that the object owns are walked as well: what is registered in them is named as they
+name it (`net.0.weight`). Companions (a scheduler) are walked after the object and belong to the same skeleton.
 `installed` builds the structure again from a skeleton, with values of the caller's choice, inside the live objects;
 on leaving, the live objects have back exactly what they had.
 """
@@ -15,86 +16,32 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-Value = torch.Tensor | float | int
+from gimli_compile.skeleton import Again, Companion, Container, Leaf, ParamRef, Skeleton, Value, is_opaque
+
 GROUPS = "param_groups"
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """The place of one tensor or number. `path` names it, `kind` is tensor, int or float.
-
-    `requires_grad` and `is_parameter` say it of a tensor that no operator made; `of_module` of a module's parameter.
-    """
-
-    path: str
-    kind: str
-    requires_grad: bool = False
-    is_parameter: bool = False
-    of_module: bool = False
-
-    @property
-    def is_tensor(self) -> bool:
-        """Tells a tensor from a number."""
-        return self.kind == "tensor"
-
-
-@dataclass(frozen=True)
-class ParamRef:
-    """The place of a parameter, by name."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Container:
-    """The place of a dict, list, tuple, deque or object; `index` counts them in the order of the walk."""
-
-    index: int
-    make: Callable[[list[Any]], Any]
-    items: tuple[tuple[Any, Any], ...]
-    owner: Any = None
-    fixed: bool = False
-
-
-@dataclass(frozen=True)
-class Again:
-    """A second place of the container with this index."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A structure without its values. Two skeletons are equal when every part but the values is.
-
-    `groups` are the parts that are parameter groups, wherever in the structure they are held.
-    """
-
-    root: Any
-    key: tuple[Any, ...]
-    groups: tuple[Any, ...] = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Skeleton) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-def freeze(root: Any, names: Mapping[int, str], opaque: Collection[int] = ()) -> tuple[Skeleton, dict[str, Value]]:
+def freeze(
+    root: Any, names: Mapping[int, str], opaque: Collection[int] = (), companions: Mapping[str, Any] | None = None
+) -> tuple[Skeleton, dict[str, Value]]:
     """Returns the skeleton of an object and its values by path.
 
-    `names` maps the id of a parameter to its name, `opaque` are the ids of objects that are taken as they are.
+    `names` maps the id of a parameter to its name, `opaque` are the ids of objects that are taken as they are. The
+    values of `companions` lie at paths that begin with their names.
     """
     walk = _Walk(names, getattr(root, GROUPS, ()), opaque)
     part = walk.visit(root, ())
+    if companions:
+        beside = tuple((Companion(name), walk.visit(value, (name,))) for name, value in companions.items())
+        part = replace(part, items=(*part.items, *beside))
     groups = tuple(walk.groups[index] for index in sorted(walk.groups))
     return Skeleton(part, tuple(walk.key), groups), walk.values
 
@@ -141,11 +88,12 @@ class _Walk:
         index = self._seen[id(value)] = self._count
         self._count += 1
         self._keep.append(value)
-        self.key.append((type(value).__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
+        kind = stands_for(value)
+        self.key.append((kind.__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
         if isinstance(value, torch.nn.Module):
             self._registered.update(id(parameter) for parameter in value._parameters.values())
         parts = tuple((self._visit_key(key), self._visit_item(value, key, item, path, constant)) for key, item in items)
-        part = Container(index, make, parts, owner, isinstance(value, tuple))
+        part = Container(index, make, parts, owner, isinstance(value, _IMMUTABLE))
         if group is not None:
             self.groups[group] = part
         return part
@@ -193,6 +141,7 @@ class _Walk:
             part = ParamRef(self.names.get(id(key), f"tensor {id(key)}"))
             self.key.append(part)
             return part if id(key) in self.names else key
+        key = getattr(key, "plain", key) if is_number(key) else key
         self.key.append(key)
         return key
 
@@ -209,13 +158,16 @@ def _path_text(path: tuple[str, ...]) -> str:
 
 
 def _static_key(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, str, bytes, torch.dtype, torch.device, enum.Enum, type)):
+    if not is_opaque(value):
         return value
     if isinstance(value, FunctionType):
         return ("function", value.__code__, tuple(map(_cell_key, value.__closure__ or ())))
     if isinstance(value, weakref.ReferenceType):
         return "weak reference"
     return ("object", id(value))
+
+
+_IMMUTABLE = (tuple, frozenset, partial)
 
 
 def _cell_key(cell: Any) -> Any:
@@ -257,7 +209,13 @@ def _open(value: Any) -> tuple[Callable[[list[Any]], Any] | None, list[tuple[Any
         return (lambda pairs: tuple(item for _, item in pairs)), list(enumerate(value)), None
     if isinstance(value, list):
         return (lambda pairs: [item for _, item in pairs]), list(enumerate(value)), None
-    if _is_owned_object(value):
+    if isinstance(value, (set, frozenset)):
+        plain = frozenset if isinstance(value, frozenset) else set
+        return (lambda pairs: plain(key for key, _ in pairs)), [(key, None) for key in _in_order(value)], None
+    if type(value) is partial:
+        items = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+        return (lambda pairs: partial(pairs[0][1], *pairs[1][1], **pairs[2][1])), items, None
+    if is_owned_object(value):
         return dict, [(k, v) for k, v in _attributes(value) if not _is_hook(k)], value
     return None, [], None
 
@@ -270,7 +228,8 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     )
 
 
-def _is_owned_object(value: Any) -> bool:
+def is_owned_object(value: Any) -> bool:
+    """Tells whether a value is an object whose attributes are walked."""
     if isinstance(value, _OPAQUE) or not hasattr(value, "__dict__") or (callable(value) and not _has_state(value)):
         return False
     module = type(value).__module__.split(".")[0]
@@ -291,9 +250,9 @@ def _dict_maker(value: dict[Any, Any]) -> Callable[[list[Any]], Any]:
         return lambda pairs: defaultdict(factory, pairs)
     if isinstance(value, OrderedDict):
         return OrderedDict
-    if type(value) is dict:
+    if stands_for(value) is dict:
         return dict
-    kind = type(value)
+    kind = stands_for(value)
 
     def make(pairs: list[Any]) -> Any:
         made = kind.__new__(kind)
@@ -303,9 +262,32 @@ def _dict_maker(value: dict[Any, Any]) -> Callable[[list[Any]], Any]:
     return make
 
 
+def _in_order(elements: Any) -> list[Any]:
+    """Returns the elements of a set, numbers and strings in an order that does not depend on how it was filled."""
+    found = list(elements)
+    return sorted(found, key=repr) if all(is_number(item) or isinstance(item, str) for item in found) else found
+
+
+def stands_for(value: Any) -> Any:
+    """Returns the class of a value; of a form that is used while a trace runs, the class that it stands for."""
+    return getattr(type(value), "stands_for", type(value))
+
+
+def _as_made(_: Container, made: Any) -> Any:
+    return made
+
+
 @contextmanager
-def installed(skeleton: Skeleton, value_of: Callable[[Leaf], Any], param_of: Callable[[str], Any]) -> Iterator[None]:
-    """Fills the live objects of a skeleton with the caller's values, and restores them on leaving."""
+def installed(
+    skeleton: Skeleton,
+    value_of: Callable[[Leaf], Any],
+    param_of: Callable[[str], Any],
+    adapt: Callable[[Container, Any], Any] = _as_made,
+) -> Iterator[None]:
+    """Fills the live objects of a skeleton with the caller's values, and restores them on leaving.
+
+    `adapt` may give another form of each container that is made: empty ones that are filled later, or complete tuples.
+    """
     before: list[tuple[Any, dict[str, Any]]] = []
     made: dict[int, Any] = {}
     pending: dict[str, Any] = {}
@@ -323,10 +305,10 @@ def installed(skeleton: Skeleton, value_of: Callable[[Leaf], Any], param_of: Cal
             return part
         if part.owner is not None:
             return _fill(part, build, made, before)
-        shell = None if part.fixed else part.make([])
+        shell = None if part.fixed else adapt(part, part.make([]))
         made[part.index] = shell
         pairs = [(build(key) if isinstance(key, ParamRef) else key, build(item)) for key, item in part.items]
-        made[part.index] = _refill(shell, pairs, part.make)
+        made[part.index] = adapt(part, part.make(pairs)) if part.fixed else _refill(shell, pairs, part.make)
         return made[part.index]
 
     try:
@@ -341,7 +323,8 @@ def _fill(part: Container, build: Callable[[Any], Any], made: dict[int, Any], be
     owner = part.owner
     made[part.index] = owner
     original = vars(owner)
-    attributes = {key: build(item) for key, item in part.items}
+    built = [(key, build(item)) for key, item in part.items]
+    attributes = {key: item for key, item in built if not isinstance(key, Companion)}
     attributes.update({key: item for key, item in original.items() if _is_hook(key)})
     before.append((owner, original))
     object.__setattr__(owner, "__dict__", attributes)
@@ -354,70 +337,13 @@ def _refill(shell: Any, pairs: list[Any], make: Callable[[list[Any]], Any]) -> A
         for key, item in pairs:
             shell[key] = item
         return shell
+    if isinstance(shell, set):
+        shell.update(key for key, _ in pairs)
+        return shell
     if isinstance(shell, (list, deque)):
         shell.extend(item for _, item in pairs)
         return shell
     return make(pairs)
-
-
-def leaves_of(skeleton: Skeleton) -> list[Leaf]:
-    """Returns the leaves of a skeleton in the order of the walk, each once."""
-    found: dict[str, Leaf] = {}
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Leaf):
-            found.setdefault(part.path, part)
-        elif isinstance(part, Container):
-            for _, item in part.items:
-                visit(item)
-
-    visit(skeleton.root)
-    return list(found.values())
-
-
-def parts_by_parameter(skeleton: Skeleton) -> list[Any]:
-    """Returns the parts that dicts hold under a parameter as the key: what is kept for that parameter."""
-    found: list[Any] = []
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Container):
-            for key, item in part.items:
-                if isinstance(key, ParamRef):
-                    found.append(item)
-                visit(item)
-
-    visit(skeleton.root)
-    return found
-
-
-def static_parts(skeleton: Skeleton) -> list[Any]:
-    """Returns what is neither container, number nor tensor: flags, functions, generators."""
-    found: list[Any] = []
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Container):
-            for _, item in part.items:
-                visit(item)
-        elif not isinstance(part, (Leaf, ParamRef, Again)):
-            found.append(part)
-
-    visit(skeleton.root)
-    return found
-
-
-def owners_of(skeleton: Skeleton) -> list[Any]:
-    """Returns the live objects of a skeleton."""
-    found: list[Any] = []
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Container):
-            if part.owner is not None:
-                found.append(part.owner)
-            for _, item in part.items:
-                visit(item)
-
-    visit(skeleton.root)
-    return found
 
 
 @contextmanager

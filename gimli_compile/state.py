@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.snapshot import Again, Container, Leaf, Skeleton, Value, leaves_of
+from gimli_compile.skeleton import Again, Container, Leaf, Skeleton, Value, leaves_of
 
 Tensors = dict[str, torch.Tensor]
 

@@ -13,6 +13,7 @@ from gimli_compile.escapes import escapes_closed, modules_of, modules_of_functio
 from gimli_compile.inner_backward import backward_recorded
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
+from gimli_compile.lookups import answering
 from gimli_compile.loss_capture import warn_of_changes
 from gimli_compile.model_view import changed_attributes
 from gimli_compile.owned_generators import draws_refused
@@ -29,7 +30,7 @@ from gimli_compile.variant import UpdateVariant
 
 def capture_step(view: StepView, inputs: UpdateInputs, title: str) -> UpdateVariant:
     """Runs the train step once, from copies of `inputs`, and returns what it did as a program."""
-    return capture(_StepTracing(view, inputs, Recorder("step")), STEP_PASSES, title)
+    return capture("step", lambda recorder: _StepTracing(view, inputs, recorder), STEP_PASSES, title)
 
 
 class _StepTracing(UpdateTracing):
@@ -47,7 +48,8 @@ class _StepTracing(UpdateTracing):
         recorder, view = self.recorder, self.view
         with recorder, torch.no_grad():
             self._announce()
-        optimizer = modules_of(view.classes())
+        functions = view.functions()
+        optimizer = modules_of(view.classes(), functions)
         model = modules_of(type(module) for module in view.model.modules())
         own = modules_of_functions([view.train_step.function]) if isinstance(view.train_step, UserStep) else []
         before, skeleton = view.model.signature(), self.inputs.opt_state.skeleton
@@ -55,7 +57,7 @@ class _StepTracing(UpdateTracing):
         def execute() -> Any:
             with (
                 draws_refused(self.recorder, skeleton),
-                literals_marked([*optimizer, *own]),
+                literals_marked(dict.fromkeys([*optimizer, *own]), functions),
                 custom_functions_recorded(recorder),
                 backward_recorded(recorder),
                 escapes_closed(recorder, dict.fromkeys([*optimizer, *model, *own])),
@@ -66,7 +68,7 @@ class _StepTracing(UpdateTracing):
             warn_of_changes(changed_attributes(before, view.model.signature()))
             return returned
 
-        return view.run_step(skeleton, self.params, self.buffers, self.values, execute)
+        return view.run_step(skeleton, self.params, self.buffers, self.values, execute, adapt=answering)
 
     def _announce(self) -> None:
         with self.recorder.paused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ import torch
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, flags_cleared, plain_values
+from gimli_compile.outside import outside_kept
 from gimli_compile.owned_generators import generators_kept
-from gimli_compile.snapshot import Skeleton, freeze, grads_set, installed
+from gimli_compile.skeleton import Skeleton, owners_of
+from gimli_compile.snapshot import freeze, grads_set, installed
 from gimli_compile.state import Tensors
 from gimli_compile.train_steps import DefaultStep, Enter, UserStep
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
@@ -37,22 +39,35 @@ class StepView(OptimizerView):
         buffers: Tensors,
         values: Mapping[str, Any],
         execute: Callable[[], Any],
+        **options: Any,
     ) -> UpdateOutputs:
-        """Runs `execute` with model and optimizer holding these values; live objects come back unchanged."""
+        """Runs `execute` with model and optimizer holding these values; live objects come back unchanged.
+
+        `options` are those of `installed`.
+        """
         names = {id(leaf): name for name, leaf in leaves.items()}
         tensors = {**leaves, **buffers}
         with (
             generators_kept(skeleton),
             self.model.substituted(tensors),
-            installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__),
+            installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__, **options),
             grads_set(leaves, {}),
+            self._outside_kept(),
             differentiable_forms(),
         ):
             with flags_cleared(self.optimizer):
                 returned = self.execute(execute)
             made = self.model.read_buffers()
-            after, found = freeze(self.optimizer, names, self.opaque)
+            after, found = freeze(self.optimizer, names, self.opaque, self.companions)
         return UpdateOutputs(dict(leaves), after, found, made, returned)
+
+    def _outside_kept(self) -> AbstractContextManager[None]:
+        if not isinstance(self.train_step, UserStep):
+            return nullcontext()
+        held = self.model.modules()
+        groups = self.optimizer.param_groups
+        known = {id(owner) for owner in (*owners_of(self.skeleton), groups, *groups, *held)}
+        return outside_kept(self.train_step.function, known)
 
     def call(
         self, tensors: Mapping[str, torch.Tensor], batch: Any, meta: Any, enter: Enter = lambda _: nullcontext()

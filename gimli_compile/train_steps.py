@@ -12,15 +12,17 @@ from torch.nn.modules import module as torch_module
 from gimli_compile.loss_capture import check_loss, takes_meta
 from gimli_compile.protocol import Protocol
 from gimli_compile.recording import Region
+from gimli_compile.schedulers import Schedulers
 
 Enter = Callable[[Region], AbstractContextManager[None]]
 
 
 class DefaultStep:
-    """Evaluates the loss and its gradient as the optimizer wants it, and lets the optimizer step."""
+    """Evaluates the loss and its gradient as the optimizer wants it, and lets the optimizer and its schedulers step."""
 
-    def __init__(self, loss_fn: Callable[..., Any], protocol: Protocol) -> None:
+    def __init__(self, loss_fn: Callable[..., Any], protocol: Protocol, schedulers: Schedulers) -> None:
         self.function = loss_fn
+        self.schedulers = schedulers
         self.protocol = protocol
 
     def watching(self, modules: Iterable[torch.nn.Module], enter: Enter) -> AbstractContextManager[None]:
@@ -37,7 +39,9 @@ class DefaultStep:
             check_loss(loss, self.function)
             return loss
 
-        return self.protocol.step(optimizer, evaluate)
+        loss = self.protocol.step(optimizer, evaluate)
+        self.schedulers.follow(loss)
+        return loss
 
 
 class UserStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,19 +12,21 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
+from gimli_compile.disguise import Traced, differs_in_disguise, pin_counters
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
+from gimli_compile.lookups import answering
 from gimli_compile.optimizer_view import OptimizerView, as_declared, as_leaf, plain_value
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
-from gimli_compile.recording import DATA, HOST, Recorder
+from gimli_compile.recording import COUNTED, DATA, HOST, Recorder
 from gimli_compile.row_gradients import Gradient, RowGradient
+from gimli_compile.skeleton import Leaf, leaves_of
 from gimli_compile.slot import CARRIED, CROSSING, Role, Slot
-from gimli_compile.snapshot import Leaf, leaves_of
 from gimli_compile.tree_slots import Returned
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
 from gimli_compile.variant import Condition, UpdateVariant, split_guards
@@ -31,19 +34,34 @@ from gimli_compile.variant import Condition, UpdateVariant, split_guards
 
 def capture_update(view: OptimizerView, inputs: UpdateInputs, title: str) -> UpdateVariant:
     """Runs the optimizer's step once, from copies of `inputs`, and returns what it did as a program."""
-    return capture(UpdateTracing(view, inputs, Recorder("update")), UPDATE_PASSES, title)
+    return capture("update", lambda recorder: UpdateTracing(view, inputs, recorder), UPDATE_PASSES, title)
 
 
-def capture(tracing: UpdateTracing, passes: tuple[Pass, ...], title: str) -> UpdateVariant:
-    """Runs what is traced, and lowers its program."""
+def capture(
+    name: str, begin: Callable[[Recorder], UpdateTracing], passes: tuple[Pass, ...], title: str
+) -> UpdateVariant:
+    """Runs what is traced, and lowers its program; `begin` makes a tracing, once more if the step counts."""
+    recorder = Recorder(name)
+    tracing = begin(recorder)
+    traced = _trace(tracing, title)
+    program = lower(traced.program, passes)
+    known = {slot for slot, _ in traced.conditions}
+    selected = [(slot, True) for slot in program.results if slot.role is Role.GUARD and slot not in known]
+    variant = _finish(program, [*traced.conditions, *selected], traced.outputs, tracing)
+    if not recorder.counted:
+        return variant
+
+    def trace_again() -> Traced:
+        return _trace(begin(Recorder(name, disguised=True)), title)
+
+    return pin_counters(variant, tracing.inputs) if differs_in_disguise(traced, trace_again) else variant
+
+
+def _trace(tracing: UpdateTracing, title: str) -> Traced:
     checks = torch.sparse.check_sparse_tensor_invariants(enable=False)  # they read values
     with torch.backends.cudnn.flags(enabled=False), generators_forked(), checks:
         outputs = tracing.run()
-    raw, conditions = tracing.program(outputs, title)
-    program = lower(raw, passes)
-    known = {slot for slot, _ in conditions}
-    conditions += [(slot, True) for slot in program.results if slot.role is Role.GUARD and slot not in known]
-    return _finish(program, conditions, outputs, tracing)
+    return Traced(outputs, *tracing.program(outputs, title))
 
 
 class UpdateTracing:
@@ -65,14 +83,15 @@ class UpdateTracing:
         skeleton = self.inputs.opt_state.skeleton
         with self.recorder, torch.no_grad():
             self._announce()
-        modules = modules_of(self.view.classes())
+        functions = self.view.functions()
+        modules = modules_of(self.view.classes(), functions)
 
         def execute() -> None:
             refused, escapes = draws_refused(self.recorder, skeleton), escapes_closed(self.recorder, modules)
-            with refused, literals_marked(modules), escapes, self.recorder, Interception(self.recorder):
+            with refused, literals_marked(modules, functions), escapes, self.recorder, Interception(self.recorder):
                 self.view.step()
 
-        return self.view.run(skeleton, self.params, self.grads, self.values, execute)
+        return self.view.run(skeleton, self.params, self.grads, self.values, execute, adapt=answering)
 
     # ------------------------------------------------------------------ inputs
 
@@ -111,7 +130,8 @@ class UpdateTracing:
     def _add_leaf(self, leaf: Leaf) -> Any:
         value = self.inputs.value_of(leaf)
         slot = Slot(self.inputs.role_of(leaf), leaf.path)
-        traced = self._add(slot, value, HOST if value.dim() == 0 or slot.role is Role.HYPER else DATA)
+        reach = HOST if value.dim() == 0 or slot.role is Role.HYPER else DATA
+        traced = self._add(slot, value, reach | COUNTED if slot.role is Role.STATE and reach is HOST else reach)
         if leaf.kind == "tensor":
             return self._declared(leaf, traced)
         form = traced if traced.dtype == torch.float64 else traced.to(torch.float64)

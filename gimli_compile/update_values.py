@@ -10,8 +10,8 @@ import torch
 
 from gimli_compile.row_gradients import Gradient
 from gimli_compile.row_gradients import by_slot as gradients_by_slot
+from gimli_compile.skeleton import Leaf, Skeleton, Value
 from gimli_compile.slot import Role, Slot
-from gimli_compile.snapshot import Leaf, Skeleton, Value
 from gimli_compile.state import OptState, Tensors
 from gimli_compile.tree_slots import tree_slots
 

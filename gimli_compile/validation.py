@@ -19,8 +19,8 @@ from gimli_compile.host_draws import generators_forked
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.recording import Baked
+from gimli_compile.skeleton import Leaf, leaves_of
 from gimli_compile.slot import Role, Slot
-from gimli_compile.snapshot import Leaf, leaves_of
 from gimli_compile.state import to_tensor
 from gimli_compile.update_capture import returned_tensors
 from gimli_compile.update_values import UpdateInputs

@@ -12,8 +12,8 @@ from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_cod
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.recording import HOST_DRAW, Baked
+from gimli_compile.skeleton import Skeleton
 from gimli_compile.slot import Role, Slot
-from gimli_compile.snapshot import Skeleton
 from gimli_compile.transforms import is_everywhere
 from gimli_compile.tree_slots import Returned
 

@@ -12,6 +12,9 @@ from gimli_compile.program import Program
 from gimli_compile.slot import Role
 
 aten = torch.ops.aten
+_CHOICES = {
+    aten.minimum.default, aten.maximum.default, aten.where.self, aten.lt.Tensor, aten.gt.Tensor,
+}  # fmt: skip
 
 
 def guard_zeros(program: Program) -> Program:
@@ -69,7 +72,7 @@ def _stop(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _bounds(program: Program) -> set[fx.Node]:
-    """Returns the products with a hyperparameter that only `minimum` and `maximum` take.
+    """Returns the products with a hyperparameter that only a choice of the smaller or larger takes.
 
     Such a factor is infinite where there is to be no bound, and the chain rule multiplies it by zero.
     """
@@ -77,7 +80,7 @@ def _bounds(program: Program) -> set[fx.Node]:
     found = set()
     for node in program.graph.nodes:
         users = {user.target for user in node.users}
-        if node.target is aten.mul.Tensor and users and users <= {aten.minimum.default, aten.maximum.default}:
+        if node.target is aten.mul.Tensor and users and users <= _CHOICES:
             if node.meta["val"].dim() == 0 and not hyper.isdisjoint(node.all_input_nodes):
                 found.add(node)
     return found

@@ -662,3 +662,23 @@ def test_modules_of_a_class():
     names = {module.__name__ for module in modules_of([torch.optim.Adam])}
     assert {"torch.optim", "torch.optim.adam", "torch.optim.optimizer"} <= names
     assert not any(name.startswith(("torch.nn", "collections", "builtins")) for name in names)
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda n: float((np.arange(3.0) * n).sum()),
+        lambda n: float((n / np.arange(1.0, 3.0)).sum()),
+        lambda n: int((np.arange(3) == n).sum()),
+        lambda n: int((n > np.arange(3)).sum()),
+    ],
+)
+def test_a_number_that_meets_an_array_is_pinned(function):
+    made = trace(function, numbers={"n": 2})
+    assert made.value == function(2) and made.outcomes == [True]
+    made = trace(function, numbers={"n": 1.5})
+    assert made.value == function(1.5)
+    assert made.baked == ["a number that meets a NumPy array is a constant of the program"]

@@ -13,6 +13,7 @@ from eager_reference import (
     run_functional,
     set_number,
 )
+from torch import nn
 
 import gimli_compile as gimli
 

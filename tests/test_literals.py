@@ -1,5 +1,6 @@
 """Floats on the left of a counter: the guards and the derivatives that Python would lose."""
 
+import math
 import sys
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 import gimli_compile as gimli
-from gimli_compile.literals import Literal, literals_marked
+from gimli_compile.literals import Literal, held_functions, literals_marked
+from gimli_compile.lookups import AnsweringList, AnsweringTuple
 
 LIMIT = 5.0
 
@@ -63,3 +65,35 @@ def test_literals_stay_literals_among_themselves():
     made = -((Literal(2.0) * 3 - 1.0) ** 2) / Literal(5.0)
     assert type(made) is Literal and made == -5.0 and hash(made) == hash(-5.0)
     assert Literal(2.0) < 3 and divmod(Literal(7.0), 2) == (3.0, 1.0)
+
+
+def test_constants_and_what_functions_enclose_are_marked():
+    """`math.pi`, a class's constant, what a function encloses and what that calls: all of them let a counter answer."""
+    rate, table, hidden = 0.5, [0.1, 0.2], (1.5, 2.5)
+
+    def inner(x):
+        return hidden[x] * rate
+
+    def outer(x):
+        return inner(x) + table[x]
+
+    functions = held_functions([outer, len, None])
+    assert functions == [outer, inner]
+    seen = {}
+
+    def look():
+        cells = [cell.cell_contents for function in functions for cell in function.__closure__ or ()]
+        seen.update(kinds=[type(value) for value in cells], pi=type(math.pi), own=type(Holder.rate))
+
+    with literals_marked([sys.modules[__name__]], functions):
+        look()
+    assert {Literal, AnsweringList, AnsweringTuple} < set(seen["kinds"])
+    assert seen["pi"] is seen["own"] is Literal
+    look()
+    assert {float, list, tuple} < set(seen["kinds"]) and seen["pi"] is seen["own"] is float
+
+
+class Holder:
+    """A class with a constant."""
+
+    rate = 0.25

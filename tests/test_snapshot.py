@@ -3,24 +3,15 @@
 import enum
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from gimli_compile.snapshot import (
-    GROUPS,
-    Leaf,
-    ParamRef,
-    Skeleton,
-    freeze,
-    grads_set,
-    installed,
-    is_number,
-    leaves_of,
-    owners_of,
-)
+from gimli_compile.skeleton import Leaf, ParamRef, Skeleton, leaves_of, opaque_of, owners_of
+from gimli_compile.snapshot import GROUPS, freeze, grads_set, installed, is_number
 
 Betas = namedtuple("Betas", "first second")
 
@@ -463,3 +454,78 @@ def test_gradients_are_given_and_taken_away():
     with pytest.raises(KeyError), grads_set(params, grads):
         raise KeyError("inside")
     assert params["a"].grad is None
+
+
+# ---------------------------------------------------------------------- companions, sets and partial functions
+
+
+def test_a_companion_is_walked_beside_the_root():
+    """Its values have its name in front; what it shares with the root is the same thing, and neither gets the other."""
+    root = Plain(param_groups=[{"lr": 0.1}])
+    beside = Plain(optimizer=root, gamma=0.5, groups=root.param_groups)
+    skeleton, values = freeze(root, {}, companions={"scheduler": beside})
+    assert values == {"groups.0.lr": 0.1, "scheduler.gamma": 0.5}
+    assert owners_of(skeleton) == [root, beside]
+    attributes = dict(vars(root)), dict(vars(beside))
+    new = {"groups.0.lr": 1.0, "scheduler.gamma": 2.0}
+    with installed(skeleton, lambda leaf: new[leaf.path], {}.__getitem__):
+        assert (root.param_groups[0]["lr"], beside.gamma) == (1.0, 2.0)
+        assert beside.optimizer is root and beside.groups is root.param_groups
+        assert set(vars(root)) == {"param_groups"}
+    assert (vars(root), vars(beside)) == attributes
+
+
+def test_a_companion_may_be_a_list_and_have_the_name_of_an_attribute():
+    root = Plain(scheduler=3.0)
+    first = Plain(gamma=0.5)
+    skeleton, values = freeze(root, {}, companions={"scheduler": [first]})
+    assert values == {"scheduler": 3.0, "scheduler.0.gamma": 0.5}
+    with installed(skeleton, lambda leaf: values[leaf.path] * 2, {}.__getitem__):
+        assert (root.scheduler, first.gamma) == (6.0, 1.0)
+    assert (root.scheduler, first.gamma) == (3.0, 0.5)
+
+
+def test_sets_are_copied():
+    root = Plain(seen={3, 1}, fixed=frozenset({2}))
+    skeleton, values = freeze(root, {})
+    assert values == {}
+    seen = root.seen
+    with installed(skeleton, {}.__getitem__, {}.__getitem__):
+        assert root.seen == {1, 3} and root.fixed == {2} and type(root.fixed) is frozenset
+        root.seen.add(5)
+        assert freeze(root, {})[0] != skeleton
+    assert root.seen is seen and seen == {1, 3}
+    assert freeze(Plain(seen={1, 3}, fixed=frozenset({2})), {})[0] == skeleton
+
+
+def test_numbers_of_partial_functions_are_values():
+    def scale(a, b, c):
+        return a + 10 * b + 100 * c
+
+    root = Plain(scale=partial(scale, 1.0, c=3.0))
+    root.again = root.scale
+    skeleton, values = freeze(root, {})
+    assert values == {"scale.args.0": 1.0, "scale.keywords.c": 3.0}
+    with installed(skeleton, lambda leaf: values[leaf.path] * 2, {}.__getitem__):
+        assert root.scale(4.0) == 642.0 and root.again is root.scale
+    assert root.scale(4.0) == 341.0
+
+
+def test_functions_are_what_a_skeleton_holds_by_identity():
+    root = Plain(f=len, g=[test_sets_are_copied], flag=True, text="a", number=1)
+    assert opaque_of(freeze(root, {})[0]) == [len, test_sets_are_copied]
+
+
+def test_containers_may_be_given_another_form():
+    root = Plain(a=[1.0], b=(2.0,), c={"x": 3.0})
+    skeleton, values = freeze(root, {})
+
+    class Loud(list[Any]):
+        pass
+
+    def adapt(part, made):
+        return Loud() if type(made) is list else (*made, "more") if type(made) is tuple else made
+
+    with installed(skeleton, lambda leaf: values[leaf.path], {}.__getitem__, adapt):
+        assert type(root.a) is Loud and root.a == [1.0]
+        assert root.b == (2.0, "more") and root.c == {"x": 3.0}

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from gimli_compile.snapshot import Container, Leaf, ParamRef, freeze
+from gimli_compile.skeleton import Container, Leaf, ParamRef
+from gimli_compile.snapshot import freeze
 
 
 @dataclass(frozen=True)
