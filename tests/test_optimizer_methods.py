@@ -84,7 +84,7 @@ def test_values_and_gradients_equal_the_live_optimizer(name):
         torch.testing.assert_close(evaluated.params[param].detach(), value, rtol=1e-12, atol=1e-14)
     total: Any = projected(evaluated.params)
     (slope,) = torch.autograd.grad(total, hyper[0][key])
-    base = float(hyper[0][key])
+    base = hyper[0][key].item()
 
     def function(offset):
         def change(optimizer):

@@ -12,8 +12,6 @@ import torch
 from eager_reference import Case, eager_params, gradient_errors, worst_value_error
 from two_sided import Widened, complaint_of_state, complaints, live, write
 
-import gimli_compile as gimli
-
 CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in vars(pytorch_optimizer).values()
@@ -111,10 +109,12 @@ def test_optimizers_that_select_by_masks(name, options):
     assert max(errors.values()) < 1e-6, errors
 
 
-def test_a_selection_by_a_drawn_mask_is_refused():
+def test_a_selection_by_a_drawn_mask():
+    """How many elements a drawn mask selects is a condition of the program: another number is captured anew."""
     case = Case(lambda params: CLASSES["SPAM"](params, density=0.5, update_proj_gap=4), steps=8)
-    with pytest.raises(gimli.CaptureError, match=r"`SPAM.step` depends on a random draw[\s\S]*torch\.where"):
-        worst_value_error(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert worst_value_error(case) < 1e-12
 
 
 @pytest.mark.parametrize("name", RUNNING)

@@ -540,7 +540,6 @@ def test_casts_and_scatters_name_the_line_that_writes():
 REFUSED = {
     "unfold": (lambda x: x.unfold(0, 2, 2).add_(1), "unfold"),
     "another dtype": (lambda x: x.view(torch.int64).zero_(), "view.dtype"),
-    "real part": (lambda x: torch.view_as_real(torch.complex(x, x)).zero_(), "view_as_real"),
     "two results": (lambda x: torch.max(x, 1, out=(x[0].clone(), torch.zeros(4, dtype=torch.int64))), "max.dim_max"),
 }
 
