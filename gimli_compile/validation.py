@@ -122,7 +122,7 @@ def _beyond_rounding(
 
     What cancels to zero is nothing but rounding: the gradient of a bias before a normalization.
     """
-    spread = {slot: torch.zeros_like(expected[slot], dtype=torch.float64) for slot in slots}
+    spread = {slot: torch.zeros_like(_wide(expected[slot])) for slot in slots}
     generator = torch.Generator().manual_seed(0)
     for _ in range(_JITTERS):
         try:
@@ -131,7 +131,7 @@ def _beyond_rounding(
             return slots
         for slot in slots:
             if moved[slot].shape == expected[slot].shape:
-                change = (moved[slot].to(torch.float64) - expected[slot].to(torch.float64)).abs()
+                change = (_wide(moved[slot]) - _wide(expected[slot])).abs()
                 spread[slot] = torch.maximum(spread[slot], torch.where(change.isfinite(), change, 0.0))
     results = program_results(variant, inputs)
     eps = _coarsest(variant)
@@ -168,7 +168,7 @@ def _close(value: torch.Tensor, expected: torch.Tensor, eps: float, change: torc
     """Compares up to rounding, or up to a part of the `change` that the eager result itself made."""
     if value.shape != expected.shape:
         return False
-    value, expected = value.detach().to(torch.float64), expected.to(torch.float64)
+    value, expected = _wide(value.detach()), _wide(expected)
     if value.numel() == 0 or torch.equal(value, expected):
         return True
     same = (value == expected) | (value.isnan() & expected.isnan())
@@ -178,6 +178,11 @@ def _close(value: torch.Tensor, expected: torch.Tensor, eps: float, change: torc
     if change is not None:
         allowed = allowed + 1e-2 * change.abs().max()
     return bool(difference.max() <= allowed)
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in float64; of a complex one, its real and imaginary parts."""
+    return (torch.view_as_real(value) if value.is_complex() else value).to(torch.float64)
 
 
 def _leaf_values(inputs: UpdateInputs) -> list[tuple[Leaf, torch.Tensor]]:
@@ -220,7 +225,7 @@ def _escaped(
 
 
 def _finite_change(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    change = after.to(torch.float64) - before.to(torch.float64)
+    change = _wide(after) - _wide(before)
     return torch.where(change.isfinite(), change, 0.0) if change.numel() else change.new_zeros(1)
 
 

@@ -293,6 +293,12 @@ def test_a_write_that_reads_what_it_writes(check):
 
 # ---------------------------------------------------------------------- writes
 
+
+def _scaled_parts(z):
+    torch.view_as_real(z).mul_(torch.tensor([2.0, -0.5]))
+    return torch.view_as_real(z).sum(-1)
+
+
 WRITES = {
     "add_": lambda x, y: x.add_(y, alpha=2),
     "sub_": lambda x, y: x.sub_(y),
@@ -341,6 +347,7 @@ WRITES = {
     "iadd": lambda x, y: x.__iadd__(y),
     "add out": lambda x, y: torch.add(x, y, alpha=3, out=x),
     "mul out": lambda x, y: torch.mul(y, 2.0, out=x),
+    "real and imaginary parts": lambda x, y: x.copy_(_scaled_parts(torch.complex(x * 1, y))),
     "mm out": lambda x, y: torch.mm(y, y, out=x),
     "sum out": lambda x, y: torch.sum(y, 0, keepdim=True, out=x[:1]),
     "cat out": lambda x, y: torch.cat([y[:2], y[1:3]], out=x),

@@ -1,0 +1,52 @@
+"""Complex parameters: optimizers step on their real and imaginary parts, through views."""
+
+import pytest
+import torch
+from torch import nn
+
+import gimli_compile as gimli
+
+MAKERS = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.1),
+    "Adam with amsgrad": lambda params: torch.optim.AdamW(params, lr=0.1, amsgrad=True),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.5, centered=True),
+    "Adadelta": lambda params: torch.optim.Adadelta(params, lr=0.7),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+}
+
+
+def weight(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.complex(*torch.randn(2, 3, 2, generator=generator, dtype=torch.float64))
+
+
+def live(make, lr, steps):
+    param = nn.Parameter(weight())
+    optimizer = make([param])
+    optimizer.param_groups[0]["lr"] = lr
+    for step in range(steps):
+        param.grad = weight(step + 1)
+        optimizer.step()
+    return param.detach()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_values_and_the_derivative_in_the_learning_rate(name):
+    make = MAKERS[name]
+    param = nn.Parameter(weight())
+    fn = gimli.functionalize([param], make([param]))
+    state, hyper = fn.init(), fn.hyperparameters()
+    lr = hyper[0]["lr"].item()
+    hyper[0]["lr"].requires_grad_()
+    params, opt_state = state.params, state.opt_state
+    for step in range(4):
+        params, opt_state = fn.update(params, {"0": weight(step + 1)}, opt_state, hyper)
+    torch.testing.assert_close(params["0"].detach(), live(make, lr, 4), rtol=1e-12, atol=0)
+    (slope,) = torch.autograd.grad(params["0"].abs().square().sum(), hyper[0]["lr"])
+
+    def objective(rate):
+        return float(live(make, rate, 4).abs().square().sum())
+
+    expected = (objective(lr + 1e-5) - objective(lr - 1e-5)) / 2e-5
+    assert float(slope) == pytest.approx(expected, rel=1e-6)
