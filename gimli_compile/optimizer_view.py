@@ -15,6 +15,7 @@ from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.literals import held_functions
+from gimli_compile.live_gradients import live_gradients_kept
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.provenance import user_source
 from gimli_compile.row_gradients import as_eager
@@ -220,7 +221,8 @@ class OptimizerView:
         names = {id(leaf): name for name, leaf in leaves.items()}
         held = {name: grads.get(name) for name in leaves}
         fill = installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__, **options)
-        with generators_kept(skeleton), fill, grads_set(leaves, held), differentiable_forms():
+        live = live_gradients_kept([param for param, _ in self.live_params()])
+        with live, generators_kept(skeleton), fill, grads_set(leaves, held), differentiable_forms():
             with flags_cleared(self.optimizer):
                 self.execute(execute)
             after, found = freeze(self.optimizer, names, self.opaque, self.companions)

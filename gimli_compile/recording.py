@@ -17,11 +17,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
-from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import fake_like, operator_name
 from gimli_compile.program import Draw
-from gimli_compile.provenance import SourceLine, current_source, user_source
-from gimli_compile.refusals import parameter_changes
+from gimli_compile.provenance import SourceLine, current_source
+from gimli_compile.refusals import (
+    foreign_write,
+    live_reference,
+    parameter_changes,
+    value_read,
+    varying_distribution,
+    varying_shape,
+)
 from gimli_compile.selections import SELECTING, Extents, masks_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.sparse_tensors import SparseTensors
@@ -150,7 +156,7 @@ class Recorder(TorchDispatchMode):
         node = self._nodes.get(tensor)
         if node is None:
             if id(tensor) in self.live:
-                raise self._error_live(tensor)
+                raise live_reference(self.live[id(tensor)])
             slot = Slot(Role.CONSTANT, f"{self.name}.{len(self.constants)}")
             node = self.add_input(slot, tensor, 0)
             self.constants[slot] = tensor
@@ -231,7 +237,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(out, (torch.Tensor, tuple, list)):
             self.add_call(func, node_args, node_kwargs, out)
         elif reach and out is not None:
-            raise self._error_reads_value(func)
+            raise value_read(func._opname, in_model=self.region is Region.LOSS)
         self.extents.follow(func, tensors, out)
         if func in SELECTING and isinstance(out, torch.Tensor) and any(map(self.reach, masks_of(func, args))):
             self.extents.select(func, args, out)
@@ -304,18 +310,11 @@ class Recorder(TorchDispatchMode):
         if not reach:
             return
         if func is aten._local_scalar_dense.default:
-            raise self._error_reads_value(func)
+            raise value_read(func._opname, in_model=self.region is Region.LOSS)
         if torch.Tag.dynamic_output_shape in func.tags and self._shape_varies(func, args):
             if func in SELECTING and self.region is Region.OPTIMIZER:
                 return
-            raise CaptureError(
-                compose_message(
-                    f"`{func}` has a result whose shape depends on tensor values",
-                    user_source(),
-                    "A captured program has fixed shapes.",
-                    "Use a mask (`torch.where`) instead of selecting.",
-                )
-            )
+            raise varying_shape(str(func))
 
     def keep(self, tensor: torch.Tensor, name: str) -> None:
         """Refuses writes to a parameter by the model and the loss: the loop takes parameters from the update alone."""
@@ -326,14 +325,7 @@ class Recorder(TorchDispatchMode):
             if self.region is Region.LOSS and _storage(tensor) in self.kept:
                 raise parameter_changes(self.kept[_storage(tensor)], func._opname)
             if not self._may_change(tensor):
-                raise CaptureError(
-                    compose_message(
-                        f"`{func._opname}` changes a tensor that is neither a parameter, a buffer nor state",
-                        user_source(),
-                        "A captured program is pure: what it changes must be one of its inputs.",
-                        "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
-                    )
-                )
+                raise foreign_write(func._opname)
 
     def _shape_varies(self, func: Any, args: Any) -> bool:
         """Tells whether the shape of a result depends on values that may change; an index of integers never does."""
@@ -341,48 +333,32 @@ class Recorder(TorchDispatchMode):
             return True
         return any(map(self.reach, masks_of(func, args)))
 
-    def _error_live(self, tensor: torch.Tensor) -> CaptureError:
-        return CaptureError(
-            compose_message(
-                f"the live tensor {self.live[id(tensor)]!r} is used through a reference that was kept, "
-                "not through the model",
-                user_source(),
-                "The program runs with other tensors in its place; a kept reference would stay what it was.",
-                "Take parameters and buffers from the model inside the loss, as `model.parameters()` gives them.",
-            )
-        )
-
-    def _error_reads_value(self, func: Any) -> CaptureError:
-        where = "the model or the loss" if self.region is Region.LOSS else "the step"
-        return CaptureError(
-            compose_message(
-                f"{where} turns the value of a tensor into a Python value (`{func._opname}`)",
-                user_source(),
-                "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
-                "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch.",
-            )
-        )
-
     # ------------------------------------------------------------------ randomness
 
     def _record_draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if depends_on_values(func) and any(map(self.reach, tensors)):
-            raise CaptureError(
-                compose_message(
-                    f"`{func._opname}` draws from a distribution that depends on tensor values",
-                    user_source(),
-                    "A draw becomes an input of the program, so it cannot depend on what the program computes.",
-                    "Draw noise of a fixed distribution and transform it (the reparameterization of the draw).",
-                )
-            )
-
+        if depends_on_values(func):
+            self._pin_distribution(func, tensors)
         draw = make_draw(func, args, kwargs)
         out = func(*args, **kwargs)
         self.extents.follow(func, tensors, out)
         in_place = any(out is tensor for tensor in tensors)
         self._add_draw(draw, out.detach().clone() if in_place else out, out)
         return out
+
+    def _pin_distribution(self, func: Any, tensors: list[torch.Tensor]) -> None:
+        """Makes the numbers that a distribution follows from a condition of the program; refuses other values."""
+        for tensor in tensors:
+            if self.reach(tensor) & DATA:
+                raise varying_distribution(func._opname)
+            if self.reach(tensor):
+                with self.paused():
+                    fixed = tensor.detach().clone()
+                with self:
+                    self.expect(aten.all.default(aten.eq.Tensor(tensor, fixed)))
+                self.baked.append(
+                    Baked(f"what `{func._opname}` draws from is a constant of the program", self._source())
+                )
 
     def _add_draw(self, draw: Draw, noise: torch.Tensor, out: torch.Tensor) -> None:
         slot = Slot(Role.NOISE, f"{self.name}.{sum(HOST_DRAW not in known.path for known in self.draws)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gimli_compile.differentiable_forms import differentiable_forms
+from gimli_compile.live_gradients import live_gradients_kept
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, flags_cleared, plain_values
 from gimli_compile.outside import outside_kept
@@ -48,6 +49,7 @@ class StepView(OptimizerView):
         names = {id(leaf): name for name, leaf in leaves.items()}
         tensors = {**leaves, **buffers}
         with (
+            live_gradients_kept(self.model.live_params.values()),
             generators_kept(skeleton),
             self.model.substituted(tensors),
             installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__, **options),

@@ -14,6 +14,7 @@ from gimli_compile.slot import Role
 aten = torch.ops.aten
 _CHOICES = {
     aten.minimum.default, aten.maximum.default, aten.where.self, aten.lt.Tensor, aten.gt.Tensor,
+    aten.clamp_max.default, aten.clamp_min.default, aten.clamp.default,
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def _stop(graph: fx.Graph, node: fx.Node) -> None:
 def _bounds(program: Program) -> set[fx.Node]:
     """Returns the products with a hyperparameter that only a choice of the smaller or larger takes.
 
-    Such a factor is infinite where there is to be no bound, and the chain rule multiplies it by zero.
+    Such a product is infinite where there is to be no bound, and the chain rule multiplies a factor of it by zero.
     """
     hyper = {n for n, s in zip(program.placeholders, program.inputs, strict=True) if s.role is Role.HYPER}
     found = set()

@@ -223,6 +223,55 @@ def test_an_update_inside_the_backward_pass():
     check_gradients(replace(training, batches=training.batches[:3]), ["groups.0.lr"])
 
 
+class StoredClosure(torch.optim.Optimizer):
+    """Evaluates the loss by a function that it was given before the step, and keeps."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.evaluate: Any = None
+
+    def step(self, closure: Any = None) -> Any:
+        self.zero_grad()
+        loss = self.evaluate()
+        loss.backward()
+        with torch.no_grad():
+            for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
+                p.sub_(self.param_groups[0]["lr"] * p.grad)
+        return loss
+
+
+def storing(model, optimizer, batch):
+    optimizer.evaluate = lambda: squared_error(model, batch)
+    return optimizer.step().detach()
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+def test_a_loss_that_the_optimizer_keeps_from_step_to_step(warm):
+    """What it kept from live training is a loss of the live model: a step of its own must not reach that."""
+    training = training_of(storing, StoredClosure)
+    model, optimizer = training.start()
+    for batch in regression(warm, size=6):
+        storing(model, optimizer, batch)
+    fn = training.functionalize(model, optimizer)
+    state, hyper = fn.init(), fn.hyperparameters()
+    for batch in training.batches:
+        state, loss = fn.step(state, batch, hyper)
+        torch.testing.assert_close(loss, storing(model, optimizer, batch), rtol=1e-12, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(state.params[name], p.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_of_the_live_model_is_refused_without_a_train_step():
+    training = training_of(storing, StoredClosure)
+    model, optimizer = training.start()
+    storing(model, optimizer, training.batches[0])
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(gimli.CaptureError, match=r"evaluates a loss of the live model[\s\S]*train_step"):
+        gimli.functionalize(model, optimizer, squared_error)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
 def test_what_a_step_returns_may_be_a_pytree():
     def step(model, optimizer, batch):
         loss = clipping(model, optimizer, batch)
