@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.concolic import Number, compare, guard, make_number, plain
-from gimli_compile.skeleton import Container, ParamRef
+from gimli_compile.skeleton import Container, IdRef, ParamRef
 from gimli_compile.snapshot import is_number
 
 _FEW = 16
@@ -31,7 +31,7 @@ def answering(part: Container, made: Any) -> Any:
 
     Containers that no number looks into (without int keys, of parameters, without a length) stay as they are.
     """
-    if any(isinstance(entry, ParamRef) for pair in part.items for entry in pair):
+    if any(isinstance(entry, (ParamRef, IdRef)) for pair in part.items for entry in pair):
         return made
     if type(made) in _SEQUENCES:
         return _SEQUENCES[type(made)](made) if part.items else made

@@ -14,7 +14,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, plain_value
 from gimli_compile.schedulers import Schedulers
-from gimli_compile.skeleton import Again, Companion, Container, Leaf, ParamRef, is_opaque
+from gimli_compile.skeleton import Again, Companion, Container, IdRef, Leaf, ParamRef, is_opaque
 from gimli_compile.snapshot import GROUPS, freeze
 from gimli_compile.state import TrainState
 
@@ -112,6 +112,8 @@ class _Writing:
             return self.values[part.path]
         if isinstance(part, ParamRef):
             return self.params[part.name]
+        if isinstance(part, IdRef):
+            return id(self.params[part.name])
         if isinstance(part, Again):
             return self.made[part.index]
         if isinstance(part, Container):
@@ -133,7 +135,7 @@ class _Writing:
             self.made[part.index] = owner
             vars(owner).update(self.attributes_of(part, owner))
             return owner
-        pairs = [(self.build(key, None) if isinstance(key, ParamRef) else key, item) for key, item in part.items]
+        pairs = [(self.build(key, None), item) for key, item in part.items]
         self.made[part.index] = part.make([(key, self.build(item, _item(there, key))) for key, item in pairs])
         return self.made[part.index]
 

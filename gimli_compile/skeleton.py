@@ -39,6 +39,13 @@ class ParamRef:
 
 
 @dataclass(frozen=True)
+class IdRef:
+    """The place of the `id` of a parameter, as a key, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Companion:
     """The key of an object that is walked beside the root and is no attribute of it."""
 
@@ -106,7 +113,7 @@ def parts_by_parameter(skeleton: Skeleton) -> list[Any]:
     def visit(part: Any) -> None:
         if isinstance(part, Container):
             for key, item in part.items:
-                if isinstance(key, ParamRef):
+                if isinstance(key, (ParamRef, IdRef)):
                     found.append(item)
                 visit(item)
 
@@ -148,5 +155,5 @@ def _parts(part: Any) -> Iterator[Any]:
 
 def is_opaque(part: Any) -> bool:
     """Tells whether a part of a skeleton is an object that is known by its identity only, such as a function."""
-    known = (bool, str, bytes, torch.dtype, torch.device, enum.Enum, type, Leaf, ParamRef, Again, Container)
+    known = (bool, str, bytes, torch.dtype, torch.device, enum.Enum, type, Leaf, ParamRef, IdRef, Again, Container)
     return part is not None and not isinstance(part, known)

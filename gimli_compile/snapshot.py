@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gimli_compile.skeleton import Again, Companion, Container, Leaf, ParamRef, Skeleton, Value, is_opaque
+from gimli_compile.skeleton import Again, Companion, Container, IdRef, Leaf, ParamRef, Skeleton, Value, is_opaque
 
 GROUPS = "param_groups"
 
@@ -142,11 +142,14 @@ class _Walk:
             self.key.append(part)
             return part if id(key) in self.names else key
         key = getattr(key, "plain", key) if is_number(key) else key
+        key = IdRef(self.names[key]) if type(key) is int and key in self.names else key
         self.key.append(key)
         return key
 
     def _step(self, key: Any) -> str:
-        return self.names.get(id(key), "tensor") if isinstance(key, torch.Tensor) else str(key)
+        if isinstance(key, torch.Tensor):
+            return self.names.get(id(key), "tensor")
+        return self.names.get(key, str(key)) if type(key) is int else str(key)
 
 
 def _path_text(path: tuple[str, ...]) -> str:
@@ -299,6 +302,8 @@ def installed(
             return pending[part.path]
         if isinstance(part, ParamRef):
             return param_of(part.name)
+        if isinstance(part, IdRef):
+            return id(param_of(part.name))
         if isinstance(part, Again):
             return made[part.index]
         if not isinstance(part, Container):
@@ -307,7 +312,7 @@ def installed(
             return _fill(part, build, made, before)
         shell = None if part.fixed else adapt(part, part.make([]))
         made[part.index] = shell
-        pairs = [(build(key) if isinstance(key, ParamRef) else key, build(item)) for key, item in part.items]
+        pairs = [(build(key), build(item)) for key, item in part.items]
         made[part.index] = adapt(part, part.make(pairs)) if part.fixed else _refill(shell, pairs, part.make)
         return made[part.index]
 

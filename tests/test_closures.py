@@ -371,6 +371,37 @@ def test_a_step_that_needs_other_arguments_is_refused():
         gimli.functionalize(model, NeedsMore(model.parameters()), squared_error)
 
 
+class KeyedById(torch.optim.Optimizer):
+    """Keeps its state, and which parameters it leaves alone, under the ids of parameters."""
+
+    def __init__(self, params, lr=0.1, skip=()):
+        super().__init__(params, {"lr": lr})
+        self.sums: dict[int, Any] = {}
+        self.skipped = {id(p) for p in skip}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            if id(p) not in self.skipped:
+                total = self.sums.setdefault(id(p), {"sum": torch.zeros_like(p)})["sum"].add_(p.grad)
+                p.sub_(self.param_groups[0]["lr"] * total)
+
+
+def test_state_under_the_ids_of_parameters():
+    def optimizer(params):
+        params = list(params)
+        return KeyedById(params, skip=params[1:2])
+
+    training = Training(network, optimizer, squared_error, regression(4))
+    fn = check_values(training)
+    assert "sums.0.weight.sum" in run_state(training, fn)
+    check_gradients(training, ["groups.0.lr"])
+
+
+def run_state(training, fn):
+    return fn.step(fn.init(), training.batches[0])[0].opt_state
+
+
 def test_a_plain_optimizer_still_has_two_programs():
     training = Training(network, sgd, squared_error, regression(2))
     fn = check_values(training)
