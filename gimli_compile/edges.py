@@ -31,9 +31,10 @@ def edges_of(variant: UpdateVariant, inputs: UpdateInputs) -> frozenset[str]:
     """Returns the hyperparameters of which the smallest change turns a condition of the variant over."""
     if variant.decide is None:
         return frozenset()
+    branching = replace(variant, before=tuple(condition for condition in variant.before if not condition.fixed))
     found = set()
     for slot in variant.decide.inputs:
-        if slot.role is Role.HYPER and any(_turns(variant, inputs, slot, sign) for sign in (1, -1)):
+        if slot.role is Role.HYPER and any(_turns(branching, inputs, slot, sign) for sign in (1, -1)):
             found.add(slot.path)
     return frozenset(found)
 
@@ -159,7 +160,7 @@ def _without_guards_on(variant: UpdateVariant, paths: frozenset[str]) -> UpdateV
     kept = []
     for condition in variant.before:
         leaves = {slot_of[node].path for node in ancestry[variant.decide.result_of(condition.slot)]}
-        if not leaves <= paths:
+        if condition.fixed or not leaves <= paths:
             kept.append(condition)
     _, decide = split_guards(variant.decide, kept)
     return replace(variant, before=tuple(kept), decide=decide)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -53,3 +53,18 @@ def arguments_of(node: fx.Node) -> tuple[Any, ...]:
 def operator_name(target: Any) -> str:
     """Returns the name that nodes calling a target start with."""
     return target._opname if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+def storage_of(tensor: torch.Tensor) -> Any:
+    """Returns what tensors of one memory have in common."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Returns the tensors that a call writes to."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return found

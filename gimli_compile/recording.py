@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
-from gimli_compile.metadata import fake_like, operator_name
+from gimli_compile.metadata import fake_like, operator_name, storage_of, written_tensors
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
 from gimli_compile.refusals import (
@@ -39,6 +39,11 @@ HOST_DRAW = "number"  # what names the draws of Python's and NumPy's generators
 DATA = 2  # the value depends on parameters, gradients, batches or draws
 COUNTED = 4  # the value depends on numbers of the state, which change from step to step
 _NOT_RECORDED = {aten.is_same_size.default, aten.is_pinned.default}
+# Of their argument, only the form reaches the result.
+_OF_FORM = {
+    aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default,
+}  # fmt: skip
 
 
 class Region(enum.Enum):
@@ -67,21 +72,6 @@ class Baked:
 
     def __str__(self) -> str:
         return self.what if self.source is None else f"{self.what}\n  {self.source}"
-
-
-def _storage(tensor: torch.Tensor) -> Any:
-    """Returns what tensors of one memory have in common."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
-def _written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Returns the tensors that a call writes to."""
-    found = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return found
 
 
 class Recorder(TorchDispatchMode):
@@ -129,13 +119,13 @@ class Recorder(TorchDispatchMode):
         self.inputs.append(slot)
         node.meta.update(val=fake_like(tensor), source=None)
         self._nodes[tensor] = node
-        self._reach[_storage(tensor)] = reach
+        self._reach[storage_of(tensor)] = reach
         return node
 
     def add_stand_in(self, tensor: torch.Tensor, known: torch.Tensor) -> None:
         """Announces a tensor that stands for a known one, of the same value."""
         self._nodes[tensor] = self.node_of(known)
-        self._reach[_storage(tensor)] = self._reach[_storage(known)]
+        self._reach[storage_of(tensor)] = self._reach[storage_of(known)]
 
     @contextmanager
     def _at_inputs(self) -> Iterator[None]:
@@ -149,7 +139,7 @@ class Recorder(TorchDispatchMode):
         return tensor in self._nodes
 
     def _may_change(self, tensor: torch.Tensor) -> bool:
-        return self.knows(tensor) and _storage(tensor) not in self._fixed
+        return self.knows(tensor) and storage_of(tensor) not in self._fixed
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """Returns the node of a tensor; an unknown tensor becomes a constant."""
@@ -160,7 +150,7 @@ class Recorder(TorchDispatchMode):
             slot = Slot(Role.CONSTANT, f"{self.name}.{len(self.constants)}")
             node = self.add_input(slot, tensor, 0)
             self.constants[slot] = tensor
-            self._fixed.add(_storage(tensor))
+            self._fixed.add(storage_of(tensor))
         return node
 
     def rename(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
@@ -169,7 +159,7 @@ class Recorder(TorchDispatchMode):
 
     def reach(self, tensor: torch.Tensor) -> int:
         """Returns what a tensor's value depends on: a union of HOST, DATA and COUNTED, 0 for a constant."""
-        return self._reach.get(_storage(tensor), 0) if tensor in self._nodes else 0
+        return self._reach.get(storage_of(tensor), 0) if tensor in self._nodes else 0
 
     # ------------------------------------------------------------------ operators
 
@@ -218,10 +208,10 @@ class Recorder(TorchDispatchMode):
         if tensor.dim() == 0:
             options = {"dtype": tensor.dtype, "device": tensor.device}
             self.add_call(aten.full.default, ([], tensor.item()), options, tensor)
-            self._reach[_storage(tensor)] = 0
+            self._reach[storage_of(tensor)] = 0
         else:
             self._nodes[tensor] = self.node_of(tensor.detach().clone())
-            self._reach[_storage(tensor)] = 0
+            self._reach[storage_of(tensor)] = 0
         return tensor
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -231,9 +221,9 @@ class Recorder(TorchDispatchMode):
             reach |= self.reach(tensor)
         self._refuse(func, args, kwargs, reach)
         node_args, node_kwargs = tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
-        shared = {_storage(tensor) for tensor in tensors}
+        shared = {storage_of(tensor) for tensor in tensors}
         out = func(*args, **kwargs)
-        self._spread(_written_tensors(func, args, kwargs), out, shared, reach)
+        self._spread(written_tensors(func, args, kwargs), out, shared, 0 if func in _OF_FORM else reach)
         if isinstance(out, (torch.Tensor, tuple, list)):
             self.add_call(func, node_args, node_kwargs, out)
         elif reach and out is not None:
@@ -250,10 +240,10 @@ class Recorder(TorchDispatchMode):
     def _spread(self, written: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
         """Notes what the results, and what an in-place operator wrote to, depend on: by storage, for views to know."""
         for item in tree_leaves(out):
-            if isinstance(item, torch.Tensor) and _storage(item) not in shared:
-                self._reach[_storage(item)] = reach
+            if isinstance(item, torch.Tensor) and storage_of(item) not in shared:
+                self._reach[storage_of(item)] = reach
         for tensor in written:
-            self._reach[_storage(tensor)] = self._reach.get(_storage(tensor), 0) | reach
+            self._reach[storage_of(tensor)] = self._reach.get(storage_of(tensor), 0) | reach
 
     def add_call(self, func: Any, args: Any, kwargs: Any, out: Any, *, override: bool = False) -> None:
         """Adds the node of a call and ties its results to it; known results (in-place) stay tied unless `override`."""
@@ -318,12 +308,12 @@ class Recorder(TorchDispatchMode):
 
     def keep(self, tensor: torch.Tensor, name: str) -> None:
         """Refuses writes to a parameter by the model and the loss: the loop takes parameters from the update alone."""
-        self.kept[_storage(tensor)] = name
+        self.kept[storage_of(tensor)] = name
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for tensor in _written_tensors(func, args, kwargs):
-            if self.region is Region.LOSS and _storage(tensor) in self.kept:
-                raise parameter_changes(self.kept[_storage(tensor)], func._opname)
+        for tensor in written_tensors(func, args, kwargs):
+            if self.region is Region.LOSS and storage_of(tensor) in self.kept:
+                raise parameter_changes(self.kept[storage_of(tensor)], func._opname)
             if not self._may_change(tensor):
                 raise foreign_write(func._opname)
 
@@ -355,16 +345,17 @@ class Recorder(TorchDispatchMode):
                 with self.paused():
                     fixed = tensor.detach().clone()
                 with self:
-                    self.expect(aten.all.default(aten.eq.Tensor(tensor, fixed)))
-                self.baked.append(
-                    Baked(f"what `{func._opname}` draws from is a constant of the program", self._source())
-                )
+                    same = aten.all.default(aten.eq.Tensor(tensor, fixed))
+                    self.expect(same)
+                self.node_of(same).meta["fixed"] = True
+                what = f"what `{func._opname}` draws from is a constant of the program"
+                self.baked.append(Baked(what, self._source()))
 
     def _add_draw(self, draw: Draw, noise: torch.Tensor, out: torch.Tensor) -> None:
         slot = Slot(Role.NOISE, f"{self.name}.{sum(HOST_DRAW not in known.path for known in self.draws)}")
         node = self.add_input(slot, noise, DATA)
         self.draws[slot] = draw
-        self._reach[_storage(out)] = DATA
+        self._reach[storage_of(out)] = DATA
         if out is not noise:
             self.add_call(aten.copy_.default, (self.node_of(out), node), {}, out)
 
@@ -386,7 +377,7 @@ class Recorder(TorchDispatchMode):
             "call_function", aten.mul.Tensor, (self.node_of(value), self.node_of(mask)), {}, name="mul"
         )
         masked.meta.update(val=fake_like(out), source=self._source(), stop=False)
-        self._reach[_storage(out)] = DATA
+        self._reach[storage_of(out)] = DATA
         self.add_call(aten.mul.Tensor, (masked, scale), {}, out)
         return out, mask
 

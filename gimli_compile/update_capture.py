@@ -223,7 +223,7 @@ def _finish(
         if not leaves or (node, outcome) in found:
             drop.add(slot)
             continue
-        found[node, outcome] = Condition(slot, outcome, expression(node))
+        found[node, outcome] = Condition(slot, outcome, expression(node), node.meta.get("fixed", False))
     kept = [index for index, slot in enumerate(program.results) if slot not in drop and not _is_same(program, slot)]
     main, decide = split_guards(restrict_results(program, kept), list(before.values()))
     main = _titled(drop_unused_inputs(main, roles=(Role.HYPER,)))

@@ -20,11 +20,15 @@ from gimli_compile.tree_slots import Returned
 
 @dataclass(frozen=True)
 class Condition:
-    """One guard of a variant: the result slot that computes it, what it must be, and its text."""
+    """One guard of a variant: the result slot that computes it, what it must be, and its text.
+
+    A `fixed` one says that a number is the one of the capture; others choose a branch.
+    """
 
     slot: Slot
     outcome: bool
     text: str
+    fixed: bool = False
 
     def __str__(self) -> str:
         return self.text if self.outcome else f"not ({self.text})"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gimli_compile.skeleton import Container, Leaf, ParamRef
+from gimli_compile.skeleton import Container, IdRef, Leaf, ParamRef
 from gimli_compile.snapshot import freeze
 
 
@@ -40,6 +40,7 @@ def places_of(optimizer: Any, params: Mapping[str, torch.Tensor]) -> dict[str, P
         elif isinstance(part, Container):
             for key, item in part.items:
                 key = params[key.name] if isinstance(key, ParamRef) else key
+                key = id(params[key.name]) if isinstance(key, IdRef) else key
                 inside = vars(value) if part.owner is not None else value
                 visit(item, inside[key], _assigner(inside, key, assign))
 

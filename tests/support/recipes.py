@@ -91,15 +91,16 @@ RECIPES = {
         for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
     },
     **{f"pytorch_optimizer.{name}": SHARPNESS_AWARE for name in ("SAM", "FriendlySAM", "LookSAM")},
-    **{
-        f"pytorch_optimizer.{kind.__name__}": wrapping(kind) for kind in (po.Lookahead, po.Magma, po.OrthoGrad, po.TRAC)
-    },
+    **{f"pytorch_optimizer.{kind.__name__}": wrapping(kind) for kind in (po.Lookahead, po.OrthoGrad, po.TRAC)},
     "pytorch_optimizer.AdaLOMO": Recipe(make=po.AdaLOMO, train_step=step_in_the_backward_pass),
     "pytorch_optimizer.AdamMini": Recipe(make=po.AdamMini),
     "pytorch_optimizer.BSAM": Recipe(arguments={"num_data": 10}, train_step=step_with_second_gradient),
     "pytorch_optimizer.GSAM": Recipe(make=gradient_seeking_sam, train_step=step_with_stored_closure),
     "pytorch_optimizer.LOMO": Recipe(make=po.LOMO, train_step=step_in_the_backward_pass),
     "pytorch_optimizer.LoRARite": Recipe(shapes=((2, 3), (4, 2))),
+    "pytorch_optimizer.Magma": Recipe(
+        make=lambda model: po.Magma(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), foreach=True)
+    ),
     "pytorch_optimizer.PCGrad": Recipe(
         make=lambda model: po.PCGrad(torch.optim.SGD(model.parameters(), lr=0.05)), train_step=step_on_two_objectives
     ),
