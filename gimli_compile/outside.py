@@ -19,6 +19,7 @@ import torch
 from gimli_compile.concolic import plain
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.literals import content_of
+from gimli_compile.side_effects import side_effects_undone
 from gimli_compile.skeleton import Skeleton, Value
 from gimli_compile.snapshot import freeze, installed, is_owned_object
 
@@ -31,10 +32,13 @@ def outside_kept(function: Callable[..., Any], known: Collection[int]) -> Iterat
 
     `known` are the ids of the optimizer, and of everything else whose numbers the program has.
     """
-    holders = [found for found in _reachable(function) if _holds(found, known)]
+    reachable = _reachable(function)
+    functions = [found for found in reachable if isinstance(found, FunctionType)]
+    holders = [found for found in reachable if not isinstance(found, FunctionType) and _holds(found, known)]
     ids = {*known, *map(id, holders)}
     frozen = [(holder, *freeze(holder, {}, ids - {id(holder)})) for holder in holders]
-    with _all_installed([(skeleton, values) for _, skeleton, values in frozen]):
+    installing = _all_installed([(skeleton, values) for _, skeleton, values in frozen])
+    with side_effects_undone(functions, _names_in), installing:
         yield
         for holder, _, before in frozen:
             _, after = freeze(holder, {}, ids - {id(holder)})
@@ -76,7 +80,7 @@ def _refusal(holder: Any, path: str) -> CaptureError:
 
 
 def _reachable(function: Any) -> list[Any]:
-    """Returns the objects with attributes that a function encloses, names, or reaches through others."""
+    """Returns functions, and objects with attributes, that a function encloses, names, or reaches through others."""
     found: list[Any] = []
     seen: dict[int, Any] = {}
     pending = [function]
@@ -86,6 +90,8 @@ def _reachable(function: Any) -> list[Any]:
             continue
         seen[id(value)] = value
         if is_owned_object(value) and not isinstance(value, torch.nn.Module):
+            found.append(value)
+        if isinstance(value, FunctionType) and not _is_of_framework(value):
             found.append(value)
         pending.extend(_inside(value))
     return found
@@ -109,13 +115,17 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _of_function(function: FunctionType) -> list[Any]:
-    module = (function.__module__ or "").split(".")[0]
-    if module in _FRAMEWORK or module in sys.stdlib_module_names:
+    if _is_of_framework(function):
         return []
     named = [function.__globals__[name] for name in _names_in(function.__code__) if name in function.__globals__]
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     enclosed = map(content_of, function.__closure__ or ())
     return [*named, *defaults, *enclosed, getattr(function, "__wrapped__", None)]
+
+
+def _is_of_framework(function: FunctionType) -> bool:
+    module = (function.__module__ or "").split(".")[0]
+    return module in _FRAMEWORK or module in sys.stdlib_module_names
 
 
 def _names_in(code: CodeType) -> set[str]:

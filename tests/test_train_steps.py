@@ -287,6 +287,24 @@ def test_what_a_step_returns_may_be_a_pytree():
     assert torch.equal(returned["twice"][1], returned["loss"].to(torch.float64))
 
 
+def test_counters_and_logs_of_the_step_are_undone_and_said():
+    """They run while capturing, more than once; a program does not run them at all."""
+    count, log = 0, []
+
+    def step(model, optimizer, batch):
+        nonlocal count
+        count += 1
+        loss = clipping(model, optimizer, batch)
+        log.append(loss.detach())
+        return loss
+
+    model, optimizer = training_of(clipping).start()
+    fn = gimli.functionalize(model, optimizer, train_step=step)
+    with pytest.warns(gimli.BakedValueWarning, match="the train step changes `(count|log)`, `(count|log)`"):
+        fn.step(fn.init(), regression(1)[0])
+    assert (count, log) == (0, [])
+
+
 def test_pytrees_of_losses_are_stacked_over_steps():
     def step(model, optimizer, batch):
         loss = clipping(model, optimizer, batch)
