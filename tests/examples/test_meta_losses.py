@@ -1,0 +1,82 @@
+"""The example scripts that learn what is trained on: losses, data, and the weights of data."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from scripts import load_script, run_script
+from torch.nn.functional import cross_entropy
+
+
+@pytest.fixture(scope="module")
+def reweight() -> ModuleType:
+    return load_script("reweight_examples")
+
+
+def test_examples_are_reweighted_and_compared(
+    reweight: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "reweight.png"
+    outcomes = run_script(reweight, path)
+    assert [outcome.kind for outcome in outcomes] == list(reweight.KINDS)
+    for outcome in outcomes:
+        assert len(outcome.accuracy) == 6
+        assert all(accuracy.shape == (1, 41) for accuracy in outcome.accuracy.values())
+        assert len({float(accuracy[0, 0]) for accuracy in outcome.accuracy.values()}) == 1
+        assert len({float(accuracy[0, -1]) for accuracy in outcome.accuracy.values()}) > 3
+        assert outcome.weights[outcome.right].mean() > 0.5 > outcome.weights[~outcome.right].mean()
+    agreeing = outcomes[0].accuracy
+    assert agreeing["learned at every step"][0, -1] > agreeing["all equal"][0, -1] + 0.3
+    assert str(path) in capsys.readouterr().out
+
+    for outcome, again in zip(outcomes, run_script(reweight, tmp_path / "again.png"), strict=True):
+        assert torch.equal(again.weights, outcome.weights)
+        assert all(torch.equal(again.accuracy[name], curve) for name, curve in outcome.accuracy.items())
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_half_of_the_labels_are_wrong(reweight: ModuleType, kind: int) -> None:
+    data, again = (reweight.load_data(reweight.KINDS[kind], seed=1) for _ in range(2))
+    assert torch.equal(data.train[1], again.train[1])
+    assert [len(split[1]) for split in data[:3]] == [1000, 50, 747]
+    assert len(torch.cat([split[0] for split in data[:3]]).unique(dim=0)) == 1797
+    assert 0.45 < data.right.float().mean() < 0.6
+    assert (data.train[1][~data.right] == 0).all() == (kind == 0)
+
+
+def test_weights_of_one_step_are_the_slopes_of_live_training(reweight: ModuleType) -> None:
+    """After a warm-up step, so that there is momentum; against central differences of a live step."""
+    data = reweight.load_data(reweight.KINDS[1], seed=0)
+    clean = data.clean[0].double(), data.clean[1]
+    batches = [(data.train[0][k : k + 6].double(), data.train[1][k : k + 6]) for k in (0, 6)]
+    weights = torch.full((6,), 1 / 6, dtype=torch.float64)
+
+    def warmed_up():
+        model = reweight.make_model(seed=3).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        step(model, optimizer, batches[0], weights)
+        return model, optimizer
+
+    def step(model, optimizer, batch, weights):
+        optimizer.zero_grad()
+        reweight.loss_fn(model, batch, weights).backward()
+        optimizer.step()
+
+    def gain(weights):
+        model, optimizer = warmed_up()
+        step(model, optimizer, batches[1], weights)
+        return -cross_entropy(model(clean[0]), clean[1]).item()
+
+    model, optimizer = warmed_up()
+    fn = reweight.gimli.functionalize(model, optimizer, reweight.loss_fn)
+    h = 1e-4
+    slopes = [(gain(h * row) - gain(-h * row)) / (2 * h) for row in torch.eye(6, dtype=torch.float64)]
+    expected = torch.tensor(slopes, dtype=torch.float64).clamp(min=0)
+    assert 0 < (expected > 0).sum() < 6
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = reweight.weigh_by_one_step(fn, fn.init(), batches[1], clean)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-6, atol=1e-9)
