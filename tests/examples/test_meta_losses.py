@@ -8,10 +8,17 @@ import torch
 from scripts import load_script, run_script
 from torch.nn.functional import cross_entropy
 
+import gimli_compile as gimli
+
 
 @pytest.fixture(scope="module")
 def reweight() -> ModuleType:
     return load_script("reweight_examples")
+
+
+@pytest.fixture(scope="module")
+def distillation() -> ModuleType:
+    return load_script("dataset_distillation")
 
 
 def test_examples_are_reweighted_and_compared(
@@ -69,7 +76,7 @@ def test_weights_of_one_step_are_the_slopes_of_live_training(reweight: ModuleTyp
         return -cross_entropy(model(clean[0]), clean[1]).item()
 
     model, optimizer = warmed_up()
-    fn = reweight.gimli.functionalize(model, optimizer, reweight.loss_fn)
+    fn = gimli.functionalize(model, optimizer, reweight.loss_fn)
     h = 1e-4
     slopes = [(gain(h * row) - gain(-h * row)) / (2 * h) for row in torch.eye(6, dtype=torch.float64)]
     expected = torch.tensor(slopes, dtype=torch.float64).clamp(min=0)
@@ -80,3 +87,64 @@ def test_weights_of_one_step_are_the_slopes_of_live_training(reweight: ModuleTyp
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_images_are_distilled_and_compared(
+    distillation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "distilled.png"
+    results = run_script(distillation, path)
+    assert [len(found.course) for found in results.distilled.values()] == [30, 30]
+    assert all(found.course[-1] < found.course[0] - 0.5 for found in results.distilled.values())
+    assert all(found.images.shape == (10, 64) for found in results.distilled.values())
+    assert len(results.pictures) == 4
+    the_one, new, longer = results.accuracy.values()
+    assert list(the_one) == list(new) == list(longer)
+    assert [len(found) for found in the_one.values()] == [5, 5, 1, 1, 1, 1]
+    assert [len(found) for found in new.values()] == [10, 10, 2, 2, 2, 2]
+    assert all(0.4 < found.mean() < 1 for found in the_one.values())
+    assert longer["all 1,200 digits"].mean() > new["all 1,200 digits"].mean() + 0.05
+    assert str(path) in capsys.readouterr().out
+
+    again = run_script(distillation, tmp_path / "again.png")
+    for name, found in results.distilled.items():
+        assert torch.equal(again.distilled[name].images, found.images)
+        assert torch.equal(next(iter(again.accuracy.values()))[name], the_one[name])
+
+
+@pytest.mark.parametrize("seeds", [[3], [4, 5]])
+def test_the_gradient_of_the_images_is_that_of_live_training(distillation: ModuleType, seeds: list[int]) -> None:
+    """The loss equals the live loop's, and the slope its central differences, along one direction."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        (x, y), _ = distillation.load_data()
+        held_out = x[:40].double(), y[:40]
+        images = distillation.class_means((x, y)).double().requires_grad_()
+        rate = torch.tensor(0.7, requires_grad=True)
+        model = distillation.make_model(0)
+        fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.3), distillation.loss_fn)
+        state = distillation.train_on(fn, images, rate, seeds, steps=10)
+        logits = fn(state, held_out[0].expand(len(seeds), -1, -1), tasks=True)
+        loss = cross_entropy(logits.flatten(0, 1), held_out[1].repeat(len(seeds)))
+        way = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(loss, [images, rate])
+        slope = float((grads[0] * way).sum() - grads[1])
+
+        def live(offset: float) -> float:
+            losses = []
+            for seed in seeds:
+                trained = distillation.make_model(seed)
+                optimizer = torch.optim.SGD(trained.parameters(), lr=0.7 - offset)
+                for _ in range(10):
+                    optimizer.zero_grad()
+                    distillation.loss_fn(trained, (images.detach() + offset * way, torch.arange(10))).backward()
+                    optimizer.step()
+                losses.append(distillation.loss_fn(trained, held_out).item())
+            return sum(losses) / len(losses)
+
+        assert loss.item() == pytest.approx(live(0.0), rel=1e-12)
+        h = 1e-4
+        near, far = (live(k * h) - live(-k * h) for k in (1, 2))
+        assert slope == pytest.approx((8 * near - far) / (12 * h), rel=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
