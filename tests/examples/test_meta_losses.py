@@ -21,6 +21,11 @@ def distillation() -> ModuleType:
     return load_script("dataset_distillation")
 
 
+@pytest.fixture(scope="module")
+def learned_loss() -> ModuleType:
+    return load_script("learned_loss")
+
+
 def test_examples_are_reweighted_and_compared(
     reweight: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +150,71 @@ def test_the_gradient_of_the_images_is_that_of_live_training(distillation: Modul
         assert loss.item() == pytest.approx(live(0.0), rel=1e-12)
         h = 1e-4
         near, far = (live(k * h) - live(-k * h) for k in (1, 2))
+        assert slope == pytest.approx((8 * near - far) / (12 * h), rel=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_loss_is_learned_and_compared(
+    learned_loss: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "loss.png"
+    results = run_script(learned_loss, path)
+    assert len(results.course) == 10
+    assert list(results.errors) == list(results.rates)
+    assert list(results.errors)[-1] == "learned"
+    starts = torch.stack([errors[:, 0] for errors in results.errors.values()])
+    assert torch.equal(starts, starts[:1].expand_as(starts))
+    assert all(errors.shape == (8, 51) for errors in results.errors.values())
+    assert len({float(errors.median(0).values[-1]) for errors in results.errors.values()}) == 5
+    torch.manual_seed(0)
+    before = dict(learned_loss.LearnedLoss().named_parameters())
+    trained = [name for name, weight in results.learned.named_parameters() if (weight != before[name]).all()]
+    assert set(before) - set(trained) <= {"layers.4.bias"}  # a constant of the loss, which trains nothing
+    assert str(path) in capsys.readouterr().out
+
+    again = run_script(learned_loss, tmp_path / "again.png")
+    assert again.course == results.course
+    assert all(torch.equal(again.errors[name], errors) for name, errors in results.errors.items())
+
+
+def test_points_to_judge_by_are_right_and_others_partly_wrong(learned_loss: ModuleType) -> None:
+    tasks = learned_loss.draw_tasks(200, seed=5)
+    (inputs, given), (others, right) = tasks.train, tasks.judge
+    assert given.shape == inputs.shape == others.shape == right.shape == (200, 40, 1)
+    assert right.abs().max() <= 4
+    waves = torch.stack([others.sin(), others.cos()], -1).squeeze(2).double()
+    solution = torch.linalg.lstsq(waves, right.double()).solution
+    torch.testing.assert_close(waves @ solution, right.double(), rtol=0, atol=1e-5)
+    wrong = (torch.stack([inputs.sin(), inputs.cos()], -1).squeeze(2).double() @ solution - given).abs() > 1e-4
+    assert 0.27 < wrong.double().mean() < 0.33
+    assert given[wrong].min() >= 0
+    assert 9 < given[wrong].max() <= 10
+
+
+def test_the_gradient_of_the_loss_is_that_of_live_training(learned_loss: ModuleType) -> None:
+    """The errors equal the live loop's, and the slope its central differences, along a random direction."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        tasks = learned_loss.draw_tasks(3, seed=5)
+        torch.manual_seed(0)
+        learned = learned_loss.LearnedLoss()
+        phi = dict(learned.named_parameters())
+        fn = learned_loss.capture(learned_loss.make_model(), learned)
+        errors = learned_loss.error_after_training(fn, phi, tasks, steps=6)
+        grads = torch.autograd.grad(errors.sum(), list(phi.values()), materialize_grads=True, allow_unused=True)
+        ways = [torch.randn_like(weight) for weight in phi.values()]
+        slope = sum(float((grad * way).sum()) for grad, way in zip(grads, ways, strict=True))
+
+        def live(offset: float) -> torch.Tensor:
+            moved = learned_loss.LearnedLoss()
+            values = zip(phi.items(), ways, strict=True)
+            moved.load_state_dict({name: weight.detach() + offset * way for (name, weight), way in values})
+            return learned_loss.train_live(moved, learned_loss.RATE, tasks, steps=6)[0][:, -1]
+
+        torch.testing.assert_close(errors.detach(), live(0.0), rtol=1e-12, atol=0)
+        h = 1e-4
+        near, far = (float((live(k * h) - live(-k * h)).sum()) for k in (1, 2))
         assert slope == pytest.approx((8 * near - far) / (12 * h), rel=1e-6)
     finally:
         torch.set_default_dtype(torch.float32)
