@@ -293,7 +293,8 @@ class Functional:
             truncate: differentiates the last k steps only (truncated backpropagation; Shaban et al. 2019).
             tasks: True runs many tasks at once: batches lead with (task, step), a list of batches with task; state,
                 hyper and meta are shared; results lead with task. A tuple says which dimension of state, batches,
-                hyper and meta is the task's, in the terms of `torch.func.vmap` (None: shared).
+                hyper and meta is the task's, in the terms of `torch.func.vmap` (None: shared;
+                shared batches lead with step).
 
         Returns:
             The last state, and the losses before each step (J).

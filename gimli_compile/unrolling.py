@@ -41,9 +41,14 @@ def unroll_steps(
 ) -> tuple[TrainState, torch.Tensor]:
     """Runs `step` over the batches: see `Functional.unroll`."""
     _check_options(backward, order, truncate)
+    if isinstance(loop.batches, Iterator):
+        loop = replace(loop, batches=list(loop.batches))
+    step_dim = 0
     if tasks is not False:
-        loop, step = _over_tasks(loop, step, (None, 0, None, None) if tasks is True else tasks)
-    steps = split_batches(loop.batches, 0 if tasks is False else 1)
+        dims = (None, 0, None, None) if tasks is True else tasks
+        loop, step = _over_tasks(loop, step, dims)
+        step_dim = 0 if dims[1] is None else 1  # the task leads, unless all tasks share the batches
+    steps = split_batches(loop.batches, step_dim)
     state = loop.state
     length = segment_length(checkpoint, len(steps))
     losses: list[Any] = []
@@ -171,11 +176,8 @@ def _check_options(backward: str, order: int, truncate: int | None) -> None:
 
 
 def split_batches(batches: Any, dim: int = 0) -> list[Any]:
-    """Returns the list of batches: a list or iterator as it is, any other pytree cut along its step dimension."""
-    if isinstance(batches, (list, Iterator)):
-        steps = list(batches)
-    else:
-        steps = _cut(batches, dim)
+    """Returns the list of batches: a list as it is, any other pytree cut along its step dimension."""
+    steps = batches if isinstance(batches, list) else _cut(batches, dim)
     if not steps:
         raise InputError(
             compose_message(

@@ -474,6 +474,36 @@ def test_vmap_over_states():
         assert_equal_tensors({n: v[index] for n, v in second.params.items()}, state.params)
 
 
+@pytest.mark.parametrize("checkpoint", [None, 2])
+@pytest.mark.parametrize("form", ["stacked", "list", "iterator", "tasks_second", "iterator_of_tasks"])
+def test_tasks_with_their_own_states(form, checkpoint):
+    """From shared batches, which lead with the step, or from their own; against the live loop."""
+    (x, y), _ = tasks(2, steps=5)  # as many steps as rows: no size tells them apart
+    shared = "tasks" not in form
+    each = [list(zip(x[0 if shared else index], y[0 if shared else index], strict=True)) for index in range(2)]
+    batches, dim = {
+        "stacked": ((x[0], y[0]), None),
+        "list": (each[0], None),
+        "iterator": (iter(each[0]), None),
+        "tasks_second": ((x.movedim(0, 1), y.movedim(0, 1)), 1),
+        "iterator_of_tasks": (zip(x.movedim(0, 1), y.movedim(0, 1), strict=True), 0),
+    }[form]
+    model, live_optimizer, fn = PLAIN.functionalized()
+    start = fn.init()
+    starts = [{name: (1 + index) * value for name, value in start.params.items()} for index in range(2)]
+    together = replace(start, params={name: torch.stack([own[name] for own in starts]) for name in start.params})
+    state, losses = fn.unroll(together, batches, checkpoint=checkpoint, tasks=(0, dim, None, None))
+    for index in range(2):
+        fn.load_into(model, live_optimizer, replace(start, params=starts[index]))
+        for step, batch in enumerate(each[index]):
+            live_optimizer.zero_grad()
+            loss = squared_error(model, batch)
+            assert relative_error(losses[index, step], loss.detach()) <= 1e-12
+            loss.backward()
+            live_optimizer.step()
+        assert_equal_tensors({name: v[index] for name, v in state.params.items()}, dict(model.named_parameters()))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch's own jvp rules
 def test_forward_mode_over_an_unroll():
     """A directional derivative in the learning rate by torch.func.jvp."""

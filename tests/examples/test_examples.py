@@ -1,6 +1,5 @@
 """The example scripts: they run to a picture, are reproducible, and compute what the same loops by hand compute."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,28 +7,18 @@ from types import ModuleType
 
 import pytest
 import torch
-from matplotlib.image import imread
 from rich.progress import Progress
+from scripts import EXAMPLES, load_script
+from scripts import run_script as run
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import gimli_compile as gimli
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
 def load() -> Iterator[Callable[[str], ModuleType]]:
     """Loads scripts as Python does when it runs them: with their folder on the path."""
-
-    def load_script(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         yield load_script
@@ -48,17 +37,6 @@ def maml(load: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture(scope="module")
 def learned(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("learned_optimizer")
-
-
-def run(script: ModuleType, path: Path, *arguments: str):
-    """Runs a script at its smallest, checks its picture, and returns its results."""
-    results = script.main(["--smoke", "--output", str(path), *arguments])
-    picture = imread(path)
-    height, width, _ = picture.shape
-    assert min(height, width) > 400
-    quarters = [picture[y : y + height // 2, x : x + width // 2] for y in (0, height // 2) for x in (0, width // 2)]
-    assert all(0.05 < quarter[..., :3].std() < 0.5 for quarter in quarters)
-    return results
 
 
 def test_hyperparameters_are_learned_and_compared(
