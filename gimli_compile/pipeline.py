@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gimli_compile.checker import verify
 from gimli_compile.passes.detachment import reconnect_gradients
+from gimli_compile.passes.differentiability import refuse_missing_derivatives
 from gimli_compile.passes.layout import relax_views
 from gimli_compile.passes.liveness import eliminate_dead_code
 from gimli_compile.passes.mutation import functionalize
@@ -24,6 +25,7 @@ LOSS_PASSES: tuple[Pass, ...] = (
     write_out_normalization,
     merge_common_subexpressions,
     eliminate_dead_code,
+    refuse_missing_derivatives,
 )
 UPDATE_PASSES: tuple[Pass, ...] = (
     functionalize,

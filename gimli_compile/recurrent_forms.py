@@ -72,7 +72,7 @@ def _run_layer(cell: Cell, inputs: list[Tensor], state: State, weights: _Weights
     order = range(len(inputs))
     outputs: list[Any] = [None] * len(inputs)
     first = inputs[-1 if reverse else 0].shape[0]
-    now = state if first == state[0].shape[0] else tuple(part[:first] for part in state)
+    now: State = tuple(part[:first] if len(part) > first else part for part in state)
     ended: list[State] = []
     for step in reversed(order) if reverse else order:
         count, running = inputs[step].shape[0], now[0].shape[0]
@@ -84,7 +84,7 @@ def _run_layer(cell: Cell, inputs: list[Tensor], state: State, weights: _Weights
         now = cell(inputs[step], now, weights)
         outputs[step] = now[0]
     parts = [now, *reversed(ended)]
-    return outputs, tuple(torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True))
+    return outputs, (tuple(map(torch.cat, zip(*parts, strict=True))) if ended else now)
 
 
 @dataclass(frozen=True)
