@@ -61,13 +61,21 @@ def _weight_norm(value: Tensor, scale: Tensor, dim: int = 0) -> Tensor:
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
     """The distance operator has no second derivative; a norm of differences has."""
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    return _lengths(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
 
 
 def _pdist(value: Tensor, p: float = 2.0) -> Tensor:
     """The distance operator has no second derivative; a norm of differences has."""
     left, right = torch.triu_indices(value.shape[0], value.shape[0], 1, device=value.device)
-    return torch.linalg.vector_norm(value[left] - value[right], p, -1)
+    return _lengths(value[left] - value[right], p)
+
+
+def _lengths(differences: Tensor, p: float) -> Tensor:
+    """Returns the norms of differences; points that coincide have distance zero with all derivatives zero."""
+    apart = (differences != 0).any(-1)
+    safe = torch.where(apart.unsqueeze(-1), differences, torch.ones_like(differences))
+    norms = torch.linalg.vector_norm(safe, p, -1)
+    return torch.where(apart, norms, torch.zeros_like(norms))
 
 
 # ---------------------------------------------------------------------- losses

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.provenance import user_source
-
 Tensor = torch.Tensor
 State = Sequence[Tensor]
 Cell = Callable[[Tensor, State, "_Weights"], State]
@@ -134,7 +131,7 @@ def _layers(cell: Cell) -> Callable[..., Any]:
         if isinstance(fourth, (list, tuple)):  # data, batch_sizes, hx, params, has_biases, ...
             bias, layers, dropout, train, bidirectional = rest
             options = _Options(bias, layers, dropout, train, bidirectional)
-            return _run(cell, first, _sizes(second), _as_state(third), fourth, options)
+            return _run(cell, first, list(second.tolist()), _as_state(third), fourth, options)
         layers, dropout, train, bidirectional, batch_first = rest  # input, hx, params, has_biases, ...
         options = _Options(fourth, layers, dropout, train, bidirectional)
         data = first.transpose(0, 1) if batch_first else first
@@ -163,8 +160,11 @@ def _single(cell: Cell) -> Callable[..., Any]:
 
 
 def _pack(data: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """`torch._pack_padded_sequence`: the time steps one after the other, each with the sequences that reach it."""
-    counts = _sizes(lengths)
+    """`torch._pack_padded_sequence`: the time steps one after the other, each with the sequences that reach it.
+
+    What is read of lengths that are a tensor of the batch becomes a guard: other lengths are another program.
+    """
+    counts = list(lengths.tolist())
     sizes = [sum(count > step for count in counts) for step in range(max(counts))]
     places = [(step, row) for step, size in enumerate(sizes) for row in range(size)]
     steps, rows = (torch.tensor(part, device=data.device) for part in zip(*places, strict=True))
@@ -175,7 +175,7 @@ def _pad(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding: float, length: int = -1
 ) -> tuple[Tensor, Tensor]:
     """`torch._pad_packed_sequence`: looks every place up in the packed data, with the padding at its end."""
-    sizes = _sizes(batch_sizes)
+    sizes = list(batch_sizes.tolist())
     starts = [0, *accumulate(sizes)]
     total = max(length, len(sizes))
     sizes += [0] * (total - len(sizes))
@@ -186,20 +186,6 @@ def _pad(
     padded = table[torch.tensor(places, device=data.device)]
     lengths = torch.tensor([sum(size > row for size in sizes) for row in range(sizes[0])])
     return (padded.transpose(0, 1) if batch_first else padded), lengths
-
-
-def _sizes(counts: Tensor) -> list[int]:
-    try:
-        return list(counts.tolist())
-    except CaptureError:
-        raise CaptureError(
-            compose_message(
-                "sequences are packed by lengths that are a tensor of the batch",
-                user_source(),
-                "The lengths decide the shape of the packed data, and a captured program has fixed shapes.",
-                "Give the lengths as Python ints: each combination of lengths is a program of its own.",
-            )
-        ) from None
 
 
 _VF: Any = torch

@@ -187,6 +187,12 @@ def unsorted(net, x):
     return rnn.pad_packed_sequence(out, batch_first=True)[0], state
 
 
+def repadded(net, x):
+    """Pads to more time steps than there are, with a number."""
+    out, _ = net(rnn.pack_padded_sequence(x, [3, 1], batch_first=True))
+    return rnn.pad_packed_sequence(out, batch_first=True, padding_value=0.5, total_length=4)
+
+
 KINDS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
 RECURRENT = {
     **{name: recurrent(kind) for name, kind in KINDS.items()},
@@ -440,8 +446,29 @@ FUNCTIONS = {
     "grid_sample(reflection)": sampled(padding_mode="reflection"),
     "grid_sample(3d)": layer(nn.Identity, 1, 3, 2, 2, 2, call=sampled_volume),
     "cdist": layer(nn.Identity, 3, 2, call=lambda _, x: torch.cdist(x, x.sin() + 1)),
+    "cdist(of itself)": layer(nn.Identity, 3, 2, call=lambda _, x: torch.cdist(x, x)),
     "cdist(p=1)": layer(nn.Identity, 3, 2, call=lambda _, x: torch.cdist(x, x.sin() + 1, p=1.0)),
     "pdist": layer(nn.Identity, 3, 2, call=lambda _, x: F.pdist(x)),
+    "pad_sequence": layer(nn.Identity, 5, 2, call=lambda _, x: rnn.pad_sequence([x[:3], x[3:]], padding_value=0.5)),
+    "pack_sequence": layer(lambda: nn.GRU(2, 3), 5, 2, call=lambda net, x: net(rnn.pack_sequence([x[:3], x[3:]]))[1]),
+    "pad_packed_sequence(longer)": layer(lambda: nn.GRU(2, 3, batch_first=True), 2, 3, 2, call=repadded),
+    "rfft": layer(nn.Identity, 3, 4, call=lambda _, x: torch.fft.rfft(x).abs()),
+    "embedding(scaled, padding)": Case(
+        lambda: nn.Embedding(6, 3, padding_idx=2, scale_grad_by_freq=True),
+        integers(6, 2, 3),
+        call=lambda net, indices: net(indices) * (indices != 2).unsqueeze(-1),
+    ),
+    "dropout attention": Case(
+        lambda: nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True), batches(2, 3, 4), call=attended, draws=True
+    ),
+    "grouped-query attention": layer(
+        nn.Identity,
+        1,
+        4,
+        3,
+        2,
+        call=lambda _, x: F.scaled_dot_product_attention(x, x[:, :2].sin(), x[:, :2].cos(), enable_gqa=True),
+    ),
     "normalize": layer(nn.Identity, 3, 2, call=lambda _, x: F.normalize(x)),
     "weight_norm (parametrization)": norms_of(nn.utils.parametrizations.weight_norm),
     "orthogonal (parametrization)": norms_of(
