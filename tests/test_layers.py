@@ -1,5 +1,7 @@
 """Every layer and loss of `torch.nn`: values, second derivatives in both orders, and tasks, against the live loop."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from layer_cases import CASES, integers
@@ -30,6 +32,13 @@ def test_a_layer_is_refused_at_capture(name):
     assert case.refused in what
     assert where.startswith("  layer_measurement.py:")
     assert len(rest) >= 2
+
+
+def test_the_table_has_every_layer_and_none_that_is_wrong():
+    table = (Path(__file__).parent.parent / "docs" / "layers.md").read_text().splitlines()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in table if line.startswith("| "))
+    assert set(CASES) <= set(rows)
+    assert not [name for name, row in rows.items() if "wrong" in row]
 
 
 @pytest.mark.parametrize("scaled", [False, True])
