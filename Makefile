@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test lint format bench coverage clean
+.PHONY: help .venv demo test lint format bench coverage layers clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -46,6 +46,9 @@ bench: $(STAMP)  ## Runs the benchmarks.
 coverage: $(STAMP)  ## Measures the optimizers of torch.optim and pytorch_optimizer into docs/coverage.md.
 	OMP_NUM_THREADS=1 $(BIN)/python -m gimli_compile coverage torch.optim pytorch_optimizer \
 	  --recipes tests/support/recipes.py --jobs $(WORKERS) --format markdown --output docs/coverage.md
+
+layers: $(STAMP)  ## Measures the layers and losses of torch.nn into docs/layers.md.
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python docs/write_layers.py
 
 clean:  ## Removes caches and outputs; the virtual environment stays.
 	rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache torch_compile_debug benchmarks/output examples/output

@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from gimli_compile.concolic import Number, bake, number_of
 from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.operator_forms import OPERATOR_HANDLERS
 from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
+from gimli_compile.refusals import REFUSED_OPERATORS
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
 from gimli_compile.selection_rules import SIZE_HANDLERS, with_dimension
 
@@ -163,25 +165,6 @@ def _set_data(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     with torch.no_grad():
         target.copy_(value)
     return None
-
-
-# ---------------------------------------------------------------------- operators without the derivatives needed
-
-
-def _weight_norm(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """The fused operator has a wrong second derivative."""
-    with mode:
-        value, scale, *rest = args
-        dim = rest[0] if rest else kwargs.get("dim", 0)
-        return value * (scale / torch.norm_except_dim(value, 2, dim))
-
-
-def _cdist(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """The distance operator has no second derivative; a norm of differences has."""
-    given = {**dict(zip(("x1", "x2", "p"), args, strict=False)), **kwargs}
-    with mode:
-        differences = given["x1"].unsqueeze(-2) - given["x2"].unsqueeze(-3)
-        return torch.linalg.vector_norm(differences, given.get("p", 2.0), -1)
 
 
 # ---------------------------------------------------------------------- lists of tensors
@@ -387,8 +370,8 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.__array__: _to_numpy,
     torch.normal: _normal,
     torch.nn.functional.mse_loss: _squared_error,
-    cast(Any, torch)._weight_norm: _weight_norm,
-    torch.cdist: _cdist,
+    **OPERATOR_HANDLERS,
+    **REFUSED_OPERATORS,
     **SIZE_HANDLERS,
     **EMBEDDING_HANDLERS,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gimli_compile.checker import verify
 from gimli_compile.passes.detachment import reconnect_gradients
+from gimli_compile.passes.differentiability import refuse_missing_derivatives
 from gimli_compile.passes.layout import relax_views
 from gimli_compile.passes.liveness import eliminate_dead_code
 from gimli_compile.passes.mutation import functionalize
@@ -11,6 +12,7 @@ from gimli_compile.passes.normalization import write_out_normalization
 from gimli_compile.passes.order import stop_inner_gradients
 from gimli_compile.passes.reals import use_real_signs
 from gimli_compile.passes.redundancy import merge_common_subexpressions
+from gimli_compile.passes.scatters import lower_scatters
 from gimli_compile.passes.selection import lower_selections
 from gimli_compile.passes.singularity import guard_zeros
 from gimli_compile.program import Pass, Program, apply_passes
@@ -20,15 +22,18 @@ LOSS_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
     relax_views,
+    lower_scatters,
     use_real_signs,
     write_out_normalization,
     merge_common_subexpressions,
     eliminate_dead_code,
+    refuse_missing_derivatives,
 )
 UPDATE_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
     relax_views,
+    lower_scatters,
     use_real_signs,
     eliminate_dead_code,
     lower_selections,
@@ -41,6 +46,7 @@ STEP_PASSES: tuple[Pass, ...] = (
     functionalize,
     reconnect_gradients,
     relax_views,
+    lower_scatters,
     use_real_signs,
     write_out_normalization,
     eliminate_dead_code,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.provenance import user_source
 
@@ -77,3 +82,22 @@ def varying_distribution(operator: str) -> CaptureError:
             "Draw noise of a fixed distribution and transform it (the reparameterization of the draw).",
         )
     )
+
+
+_LACKING = {torch.ctc_loss: "ctc_loss"}
+
+
+def _refused(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """Refuses an operator whose gradient has no derivative and no other form."""
+    raise CaptureError(
+        compose_message(
+            f"`{_LACKING[func]}` has no second derivative",
+            user_source(),
+            "An inner gradient is differentiated again, and torch cannot differentiate the gradient of this operator.",
+            "Write the loss in elementary operators (`logsumexp`, `where`), "
+            "or take it out of the inner loss and use it in the outer one.",
+        )
+    )
+
+
+REFUSED_OPERATORS: dict[Any, Callable[[Any, Any, Any, Any], Any]] = dict.fromkeys(_LACKING, _refused)

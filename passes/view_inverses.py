@@ -84,17 +84,27 @@ def _put_strided(graph: fx.Graph, view: View, base: fx.Node, value: fx.Node, lik
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return insert_call(graph, target, args, kwargs, like=like)
 
-    size, stride, offset = view.args
+    place = strided_places(graph, view.args, base, like)
+    flat = call(aten.reshape.default, base, [-1])
+    written = call(aten.index_put.default, flat, [place], value)
+    return call(aten.reshape.default, written, list(base.meta["val"].shape))
+
+
+def strided_places(graph: fx.Graph, where: tuple[Any, ...], base: fx.Node, like: fx.Node) -> fx.Node:
+    """Returns the places in the flat, contiguous `base` of the elements of a view of this size, stride and offset."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return insert_call(graph, target, args, kwargs, like=like)
+
+    size, stride, offset = where
     device = base.meta["val"].device
-    place: Any = offset
+    place = call(aten.full.default, [1] * len(size), offset, dtype=torch.int64, device=device)
     for index, (count, step) in enumerate(zip(size, stride, strict=True)):
         shape = [1] * len(size)
         shape[index] = count
         along = call(aten.mul.Tensor, call(aten.arange.default, count, device=device), step)
         place = call(aten.add.Tensor, call(aten.reshape.default, along, shape), place)
-    flat = call(aten.reshape.default, base, [-1])
-    written = call(aten.index_put.default, flat, [place], value)
-    return call(aten.reshape.default, written, list(base.meta["val"].shape))
+    return place
 
 
 def _select(view: View, form: torch.Tensor) -> Any:
