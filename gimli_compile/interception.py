@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from gimli_compile.concolic import Number, bake, number_of
 from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.operator_rules import OPERATOR_HANDLERS
 from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
@@ -146,11 +147,21 @@ def _detach(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
+def _is_same_memory(left: Tensor, right: Tensor) -> bool:
+    """Tells whether two tensors are the same elements of the same memory."""
+    if left.layout is not torch.strided or right.layout is not torch.strided or left.dtype is not right.dtype:
+        return left is right
+    where = [(t.data_ptr(), t.storage_offset(), t.shape, t.stride()) for t in (left, right)]
+    return left.numel() > 0 and where[0] == where[1]
+
+
 def _set_data(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """Makes `p.data = x`, which never reaches the dispatcher, a copy."""
     target, value = args
     if not (mode.recorder.knows(target) or mode.recorder.knows(value)):
         return func(*args, **kwargs)
+    if _is_same_memory(target, value):  # as `module.to(dtype)` does where nothing is to be converted
+        return None
     if target.shape != value.shape or target.dtype != value.dtype:
         raise CaptureError(
             compose_message(
@@ -163,25 +174,6 @@ def _set_data(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     with torch.no_grad():
         target.copy_(value)
     return None
-
-
-# ---------------------------------------------------------------------- operators without the derivatives needed
-
-
-def _weight_norm(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """The fused operator has a wrong second derivative."""
-    with mode:
-        value, scale, *rest = args
-        dim = rest[0] if rest else kwargs.get("dim", 0)
-        return value * (scale / torch.norm_except_dim(value, 2, dim))
-
-
-def _cdist(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """The distance operator has no second derivative; a norm of differences has."""
-    given = {**dict(zip(("x1", "x2", "p"), args, strict=False)), **kwargs}
-    with mode:
-        differences = given["x1"].unsqueeze(-2) - given["x2"].unsqueeze(-3)
-        return torch.linalg.vector_norm(differences, given.get("p", 2.0), -1)
 
 
 # ---------------------------------------------------------------------- lists of tensors
@@ -317,19 +309,6 @@ def _to_numpy(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     )
 
 
-def _squared_error(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """The fused operator has no forward-mode derivative of its gradient (pytorch#123996)."""
-    names = ("input", "target", "size_average", "reduce", "reduction", "weight")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    reduction = given.get("reduction", "mean")
-    same = given["input"].shape == given["target"].shape
-    if not same or any(given.get(name) is not None for name in names[2:4] + names[5:]):
-        return mode.call(func, args, kwargs)
-    with mode:
-        squares = (given["input"] - given["target"]) ** 2
-        return squares if reduction == "none" else getattr(squares, reduction)()
-
-
 def _normal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.normal(mean, std)` of tensors: a standard draw that is scaled and shifted, as torch itself does it."""
     given = {**dict(zip(("mean", "std"), args[:2], strict=False)), **kwargs}
@@ -386,9 +365,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,
     torch.normal: _normal,
-    torch.nn.functional.mse_loss: _squared_error,
-    cast(Any, torch)._weight_norm: _weight_norm,
-    torch.cdist: _cdist,
     **SIZE_HANDLERS,
     **EMBEDDING_HANDLERS,
+    **OPERATOR_HANDLERS,
 }
