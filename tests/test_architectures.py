@@ -32,7 +32,7 @@ def cross_entropy(model, batch):
 # ---------------------------------------------------------------------- images
 
 
-def convolution(inputs, outputs, size=3, stride=1, activation=nn.ReLU):
+def convolution(inputs, outputs, size=3, stride=1, activation: Any = nn.ReLU):
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs), activation()
     )
