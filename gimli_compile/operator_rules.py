@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gimli_compile.interception import Interception
 
 Tensor = torch.Tensor
+_SIXTH = float(torch.tensor(1 / 6, dtype=torch.float32))  # so torch's kernel of the gradient has it, in float64 too
 
 
 def _weight_norm(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
@@ -29,6 +30,25 @@ def _cdist(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     with mode:
         differences = given["x1"].unsqueeze(-2) - given["x2"].unsqueeze(-3)
         return torch.linalg.vector_norm(differences, given.get("p", 2.0), -1)
+
+
+def _pdist(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """The distances between the rows of one matrix have no second derivative either."""
+    given = {"p": 2.0, **dict(zip(("input", "p"), args, strict=False)), **kwargs}
+    rows = given["input"]
+    with mode:
+        left, right = torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
+        return torch.linalg.vector_norm(rows[left] - rows[right], given["p"], -1)
+
+
+def _hard_sigmoid(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient of the operator has no derivative; the operator is a clamped line with a slope that torch rounds."""
+    given = {"inplace": False, **dict(zip(("input", "inplace"), args, strict=False)), **kwargs}
+    value = given["input"]
+    with mode:
+        line = torch.nn.functional.hardtanh(value + 3, 0.0, 6.0)
+        line = line * _SIXTH + (line / 6 - line * _SIXTH).detach()
+        return value.copy_(line) if given["inplace"] else line
 
 
 def _one_hot(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
@@ -63,4 +83,7 @@ OPERATOR_HANDLERS: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
     torch.nn.functional.one_hot: _one_hot,
     cast(Any, torch)._weight_norm: _weight_norm,
     torch.cdist: _cdist,
+    torch.pdist: _pdist,
+    torch.nn.functional.pdist: _pdist,
+    torch.nn.functional.hardsigmoid: _hard_sigmoid,
 }
