@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test lint format bench coverage layers clean
+.PHONY: help .venv demo test models lint format bench coverage layers clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -46,6 +46,10 @@ bench: $(STAMP)  ## Runs the benchmarks.
 coverage: $(STAMP)  ## Measures the optimizers of torch.optim and pytorch_optimizer into docs/coverage.md.
 	OMP_NUM_THREADS=1 $(BIN)/python -m gimli_compile coverage torch.optim pytorch_optimizer \
 	  --recipes tests/support/recipes.py --jobs $(WORKERS) --format markdown --output docs/coverage.md
+
+models: $(STAMP)  ## Trains models of transformers, peft and torch_geometric against the live loop.
+	$(PIP_INSTALL) --editable '.[models]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/models
 
 layers: $(STAMP)  ## Measures the layers and losses of torch.nn into docs/layers.md.
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python docs/write_layers.py

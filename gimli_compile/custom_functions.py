@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 
+from gimli_compile.recomputation import recomputation_recorded, run_reentrant
 from gimli_compile.recording import Recorder
 
 
@@ -32,9 +34,12 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
 
     What its `forward` computes inside runs without gradients and is recorded as such (its backward may have saved it),
     but the results are those of the one call, so that differentiating the program uses the function's own `backward`.
+    That of a reentrant checkpoint only saves memory: what it runs is recorded.
     """
 
     def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if kind is CheckpointFunction:
+            return run_reentrant(*args)
         out = cast(Any, super(_SingleLevelFunction, kind)).apply(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         reach = 0
@@ -49,6 +54,7 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
     asked = cast(Any, _SingleLevelFunction)
     asked.apply = classmethod(apply)
     try:
-        yield
+        with recomputation_recorded(recorder):
+            yield
     finally:
         del asked.apply

@@ -19,6 +19,7 @@ from gimli_compile.concolic import Number, bake, number_of
 from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.operator_forms import OPERATOR_HANDLERS
+from gimli_compile.operator_rules import RULE_HANDLERS
 from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
 from gimli_compile.refusals import REFUSED_OPERATORS
@@ -148,11 +149,21 @@ def _detach(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
+def _is_same_memory(left: Tensor, right: Tensor) -> bool:
+    """Tells whether two tensors are the same elements of the same memory."""
+    if left.layout is not torch.strided or right.layout is not torch.strided or left.dtype is not right.dtype:
+        return left is right
+    where = [(t.data_ptr(), t.storage_offset(), t.shape, t.stride()) for t in (left, right)]
+    return left.numel() > 0 and where[0] == where[1]
+
+
 def _set_data(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """Makes `p.data = x`, which never reaches the dispatcher, a copy."""
     target, value = args
     if not (mode.recorder.knows(target) or mode.recorder.knows(value)):
         return func(*args, **kwargs)
+    if _is_same_memory(target, value):  # as `module.to(dtype)` does where nothing is to be converted
+        return None
     if target.shape != value.shape or target.dtype != value.dtype:
         raise CaptureError(
             compose_message(
@@ -300,19 +311,6 @@ def _to_numpy(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     )
 
 
-def _squared_error(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    """The fused operator has no forward-mode derivative of its gradient (pytorch#123996)."""
-    names = ("input", "target", "size_average", "reduce", "reduction", "weight")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    reduction = given.get("reduction", "mean")
-    same = given["input"].shape == given["target"].shape
-    if not same or any(given.get(name) is not None for name in names[2:4] + names[5:]):
-        return mode.call(func, args, kwargs)
-    with mode:
-        squares = (given["input"] - given["target"]) ** 2
-        return squares if reduction == "none" else getattr(squares, reduction)()
-
-
 def _normal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.normal(mean, std)` of tensors: a standard draw that is scaled and shifted, as torch itself does it."""
     given = {**dict(zip(("mean", "std"), args[:2], strict=False)), **kwargs}
@@ -369,9 +367,9 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,
     torch.normal: _normal,
-    torch.nn.functional.mse_loss: _squared_error,
-    **OPERATOR_HANDLERS,
     **REFUSED_OPERATORS,
+    **RULE_HANDLERS,
     **SIZE_HANDLERS,
     **EMBEDDING_HANDLERS,
+    **OPERATOR_HANDLERS,
 }

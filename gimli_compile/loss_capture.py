@@ -28,7 +28,7 @@ from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
 from gimli_compile.transforms import is_everywhere
-from gimli_compile.tree_slots import Returned, tree_slots
+from gimli_compile.tree_slots import Returned, reach_of, tree_slots
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Run:
         self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
         self.params = {name: self._add_param(name, params[name]) for name in live}
         self.buffers = {
-            name: self.add(Slot(Role.BUFFER, name), value, HOST if value.dim() == 0 else DATA)
+            name: self.add(Slot(Role.BUFFER, name), value, HOST if value.dim() == 0 else reach_of(value))
             for name, value in buffers.items()
         }
 
@@ -97,7 +97,7 @@ class _Run:
                 grads[name], traced.grad = traced.grad, None
         return grads
 
-    def add(self, slot: Slot, value: torch.Tensor, reach: int = DATA) -> torch.Tensor:
+    def add(self, slot: Slot, value: torch.Tensor, reach: int) -> torch.Tensor:
         traced = value.detach().clone()
         self.recorder.add_input(slot, traced, reach)
         return traced
@@ -105,7 +105,7 @@ class _Run:
     def add_tree(self, role: Role, tree: Any) -> Any:
         """Announces the tensors of a pytree and returns the pytree of their traced copies."""
         slots = tree_slots(role, tree)
-        traced = iter([self.add(slot, value) for slot, value in slots.items()])
+        traced = iter([self.add(slot, value, reach_of(value)) for slot, value in slots.items()])
         return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
     @contextmanager

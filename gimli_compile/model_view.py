@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
 from gimli_compile.snapshot import is_number
 from gimli_compile.tree_paths import named_leaves
 
@@ -29,6 +30,7 @@ class ModelView:
         self.model = model
         _refuse_nothing(model)
         _refuse_uninitialized(self)
+        refuse_detaching(self.modules())
         self.param_names = {id(p): name for name, p in self.live_params.items()}
         self.buffer_names = {id(b): name for name, b in self.live_buffers.items()}
 
@@ -85,7 +87,7 @@ class ModelView:
     def signature(self) -> tuple[Any, ...]:
         """Returns what a captured program of this model depends on besides tensors: training flags and options."""
         found = tuple(
-            (id(module), *((key, value) for key, value in vars(module).items() if _is_option(value)))
+            (id(module), *((key, value) for key, value in options_of(module) if _is_option(value)))
             for module in self.modules()
         )
         if isinstance(self.model, nn.Module):
@@ -102,11 +104,12 @@ class ModelView:
         """
         live = {**self.live_params, **self.live_buffers}
         by_id = {id(live[name]): tensor for name, tensor in tensors.items() if name in live}
-        before = [(module, vars(module)) for module in self.modules()]
+        before = [(module, vars(module)) for module in self.modules() if not is_scripted(module)]
         try:
             for module, attributes in before:
                 module.__dict__ = {key: _replace(value, by_id) for key, value in attributes.items()}
-            yield
+            with scripts_substituted(list(self.modules()), by_id):
+                yield
         finally:
             for module, attributes in before:
                 module.__dict__ = attributes

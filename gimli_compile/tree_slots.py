@@ -10,8 +10,16 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.recording import DATA
 from gimli_compile.slot import Role, Slot
 from gimli_compile.tree_paths import named_leaves
+
+LABEL = 4  # beside HOST and DATA: the value follows from integers and flags that the step is given
+
+
+def reach_of(tensor: torch.Tensor) -> int:
+    """Returns what the values of an input are to Python code: integers and flags have no derivative and may be read."""
+    return DATA if tensor.is_floating_point() or tensor.is_complex() else LABEL
 
 
 def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:

@@ -1,5 +1,6 @@
 """What all tests share: seeds, the choice of GPU tests, and the contract of a pass."""
 
+import importlib.util
 import random
 
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 from recorded import assert_same, call, derivatives, sample
 
 from gimli_compile.checker import verify
+
+# Models of other libraries are an extra of their own (`make models`): they are large, and the test set-up is not.
+collect_ignore = [] if importlib.util.find_spec("transformers") else ["models"]
 
 
 def pytest_collection_modifyitems(config, items):
