@@ -21,19 +21,26 @@ _SCALE = 0.1  # ...on this scale
 
 @dataclass(frozen=True)
 class Start:
-    """Where lines start: a trial after `warm` live steps, with the places of its numbers then."""
+    """Where lines start: a trial after `warm` live steps, with the places of its numbers then.
+
+    `counters` are whole numbers that the next step changes.
+    """
 
     trial: Trial
     warm: int
     places: Mapping[str, Place]
     param_names: tuple[str, ...]
+    counters: frozenset[str]
 
     @classmethod
     def of(cls, trial: Trial, warm: int) -> Start:
         """Looks at live objects after the warm-up."""
-        model, optimizer = trial.start(warm)
+        (model, optimizer), (later_model, later) = trial.start(warm), trial.start(warm + 1)
         params = dict(model.named_parameters())
-        return cls(trial, warm, places_of(optimizer, params), tuple(params))
+        places, after = places_of(optimizer, params), places_of(later, dict(later_model.named_parameters()))
+        whole = (path for path, place in places.items() if place.kind == "int" and path in after)
+        counters = frozenset(path for path in whole if places[path].value != after[path].value)
+        return cls(trial, warm, places, tuple(params), counters)
 
     def moved(self, moves: Mapping[str, torch.Tensor | float], offset: float) -> list[Drive]:
         """Returns the live parameters after each step when the values at these paths are moved by `offset` times that.
@@ -57,7 +64,7 @@ def hyper_lines(start: Start, gradients: Gradients) -> Iterator[tuple[Line, floa
     """Yields a line for each hyperparameter, with the program's derivative along it."""
     for path, gradient in gradients.hyper.items():
         place = start.places.get(path)
-        if place is None:
+        if place is None or path in start.counters:
             continue
         if isinstance(place.value, torch.Tensor) and place.value.dim():
             along = _relative(place.value, 31)

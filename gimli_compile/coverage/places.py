@@ -37,7 +37,7 @@ def places_of(optimizer: Any, params: Mapping[str, torch.Tensor]) -> dict[str, P
     def visit(part: Any, value: Any, assign: Callable[[Any], None]) -> None:
         if isinstance(part, Leaf):
             found.setdefault(part.path, Place(part.path, part.kind, value, assign))
-        elif isinstance(part, Container):
+        elif isinstance(part, Container) and not isinstance(value, (set, frozenset)):
             for key, item in part.items:
                 key = params[key.name] if isinstance(key, ParamRef) else key
                 key = id(params[key.name]) if isinstance(key, IdRef) else key

@@ -28,9 +28,10 @@ def read_recipes(path: str | Path) -> dict[str, Recipe]:
 
 def recipe_of(kind: type, recipes: Mapping[str, Recipe]) -> Recipe | None:
     """Returns the recipe of a class, by its qualified name or by that of a package above it and its own name."""
-    name = qualified_name(kind)
-    package, _, _ = kind.__module__.partition(".")
-    return recipes.get(name, recipes.get(f"{package}.{kind.__qualname__}"))
+    parts = kind.__module__.split(".")
+    above = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+    names = [qualified_name(kind), *(f"{package}.{kind.__qualname__}" for package in above)]
+    return next((recipes[name] for name in names if name in recipes), None)
 
 
 def _unreadable(path: str | Path, why: str) -> InputError:

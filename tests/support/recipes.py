@@ -80,12 +80,20 @@ def schedule_free(model):
     return optimizer
 
 
+def look_up_loss(model, batch):
+    """Looks some rows up, one of them twice: the gradient is sparse, and has the other rows not at all."""
+    rows = torch.tensor([0, 2, 2, 3])
+    return ((model(rows) - batch["weight"][rows]) ** 2).sum()
+
+
 SHARPNESS_AWARE = Recipe(
     arguments={"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9}, train_step=step_with_second_gradient
 )
 MUON = Recipe(groups=muon_groups, shapes=MATRICES)
 
 RECIPES = {
+    "torch.optim.LBFGS": Recipe(arguments={"lr": 0.5, "max_iter": 4}),
+    "torch.optim.SparseAdam": Recipe(model=lambda: torch.nn.Embedding(5, 3, sparse=True), loss=look_up_loss),
     **{
         f"pytorch_optimizer.{name}": MUON
         for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
