@@ -97,8 +97,14 @@ class Escapes:
 
         return function
 
-    def extreme(self, original: Callable[..., Any], on_tensors: Callable[..., Any]) -> Callable[..., Any]:
-        """`max` and `min` of numbers become a choice between tensors: no branch, no guard."""
+    def extreme(
+        self, original: Callable[..., Any], with_constant: Callable[..., Any], between: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """`max` and `min` of numbers become a choice between tensors: no branch, no guard.
+
+        Where a number equals a constant, its derivative is the mean of the slopes on both sides, as torch has it. Where
+        two numbers are equal, they may be one and the same for many steps, and the mean is no slope of anything.
+        """
 
         def function(*args: Any, **options: Any) -> Any:
             values = list(args[0]) if len(args) == 1 and not isinstance(args[0], torch.Tensor) else list(args)
@@ -109,7 +115,9 @@ class Escapes:
             result = values[0]
             for value in values[1:]:
                 if isinstance(result, Number) or isinstance(value, Number):
-                    result = binary(original, lambda a, b: on_tensors(*_tensors(a, b)), result, value)
+                    both = isinstance(result, Number) and isinstance(value, Number)
+                    form = between if both else with_constant
+                    result = binary(original, lambda a, b, form=form: form(*_tensors(a, b)), result, value)
                 else:
                     result = original(result, value)
             return result
@@ -164,8 +172,8 @@ class Escapes:
         return {
             "float": self.kind(float, _to_float),
             "int": self.kind(int, _to_int),
-            "max": self.extreme(max, _later_if(torch.gt)),
-            "min": self.extreme(min, _later_if(torch.lt)),
+            "max": self.extreme(max, torch.maximum, _later_if(torch.gt)),
+            "min": self.extreme(min, torch.minimum, _later_if(torch.lt)),
             "range": self.range,
         }
 
