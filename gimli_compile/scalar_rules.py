@@ -8,12 +8,15 @@ none, and in the few operators that want equal dtypes, the number is cast first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gimli_compile.concolic import IntNumber, Number, bake, plain
+from gimli_compile.provenance import current_source
+from gimli_compile.recording import Baked
 
 if TYPE_CHECKING:
     from gimli_compile.interception import Interception
@@ -37,8 +40,8 @@ def call_with_numbers(mode: Interception, func: Any, args: Any, kwargs: Any) -> 
     """Calls `func` so that every concolic number among its arguments stays an input of the program."""
     name = getattr(func, "__name__", str(func)).strip("_")
     with mode:
-        if name == "batch_norm":
-            return _call_batch_norm(*args, **kwargs)
+        if name in _WHOLE:
+            return _WHOLE[name](*args, **kwargs)
         if name in _DRAWS:
             return _call_draw(func, name, list(args), dict(kwargs))
         if name in _PRODUCTS:
@@ -227,11 +230,36 @@ def _call_same_dtype(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
 def _call_baked(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """Calls a function that has no tensor form of its number: ints are pinned, floats pinned and reported."""
-    what = f"a number passed to `{getattr(func, '__name__', func)}`"
+    name = getattr(func, "__name__", str(func))
+    what = f"a number passed to `{name}`"
+    places = _quantities(name)
+    for place, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, IntNumber) and place in places:
+            value.recorder.baked.append(Baked(f"{what} is a constant of the program", current_source()))
 
     def pin(leaf: Any) -> Any:
-        if isinstance(leaf, IntNumber):
-            return bake(leaf, what)
         return bake(leaf, what) if isinstance(leaf, Number) else leaf
 
     return mode.call(func, tree_map(pin, args), tree_map(pin, kwargs))
+
+
+@lru_cache(maxsize=1024)
+def _quantities(name: str) -> frozenset[int | str]:
+    """Returns which arguments of an operator, by position and by name, are quantities and no sizes or dimensions."""
+    packet = getattr(torch.ops.aten, name.strip("_"), None)
+    found: set[int | str] = set()
+    for overload in packet.overloads() if packet is not None else ():
+        for place, argument in enumerate(getattr(packet, overload)._schema.arguments):
+            if str(argument.type) in ("number", "Scalar", "float"):
+                found |= {place, argument.name}
+    return frozenset(found)
+
+
+def _call_softplus(value: Tensor, beta: Any = 1, threshold: Any = 20) -> Tensor:
+    """`log(1 + exp(beta * x)) / beta`, and `x` itself where `beta * x` is above the threshold."""
+    scaled = value * beta
+    above = scaled > threshold
+    return torch.where(above, value, torch.log1p(torch.exp(scaled.masked_fill(above, 0.0))) / beta)
+
+
+_WHOLE: dict[str, Callable[..., Tensor]] = {"batch_norm": _call_batch_norm, "softplus": _call_softplus}
