@@ -23,8 +23,10 @@ from gimli_compile.owned_generators import draws_refused
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
+from gimli_compile.provenance import SourceLine
 from gimli_compile.recording import COUNTED, DATA, HOST, Recorder
 from gimli_compile.row_gradients import Gradient, RowGradient
+from gimli_compile.searches import find_search
 from gimli_compile.skeleton import Leaf, leaves_of
 from gimli_compile.slot import CARRIED, CROSSING, Role, Slot
 from gimli_compile.tree_slots import Returned
@@ -234,9 +236,14 @@ def _finish(
         tuple(after.values()),
         decide,
         _pins(main, decide, tracing.inputs),
-        baked=tuple(tracing.recorder.baked),
+        baked=(*tracing.recorder.baked, *find_search(program, conditions, _lines(tracing.recorder))),
         returned=tracing.returned,
     )
+
+
+def _lines(recorder: Recorder) -> dict[Slot, SourceLine | None]:
+    """Returns where each recorded guard was decided."""
+    return {Slot(Role.GUARD, str(index)): guard.source for index, guard in enumerate(recorder.guards)}
 
 
 def _titled(program: Program) -> Program:
