@@ -15,7 +15,7 @@ from gimli_compile.program import Program
 from gimli_compile.recording import HOST_DRAW, Baked
 from gimli_compile.skeleton import Skeleton
 from gimli_compile.slot import Role, Slot
-from gimli_compile.transforms import is_differentiated, is_everywhere
+from gimli_compile.transforms import is_differentiated, is_everywhere, outside_transforms
 from gimli_compile.tree_slots import Returned
 
 
@@ -73,7 +73,8 @@ class UpdateVariant:
             return
         asked = frozenset(slot for slot, value in values.items() if is_differentiated(value))
         if asked and (order, asked) not in self._differentiable:
-            check_derivatives(self.program if order == 2 else self.first_order, asked)
+            with outside_transforms():
+                check_derivatives(self.program if order == 2 else self.first_order, asked)
             self._differentiable.add((order, asked))
 
     def holds(self, values: Mapping[Slot, torch.Tensor], watched: frozenset[str] = frozenset()) -> bool:

@@ -79,7 +79,8 @@ def _lacking(program: Program, asked: Collection[Slot]) -> Iterator[fx.Node]:
             source, index = node.args
             reached[node] = [source in reached and reached[source][index]]
             continue
-        key = (node.target, tuple(any(reached.get(source, ())) for source in node.all_input_nodes))
+        count = len(tree_leaves(node.meta["val"]))
+        key = (node.target, tuple(any(reached.get(source, ())) for source in node.all_input_nodes), count)
         if key not in known:
             known[key] = _differentiate(node, reached)
         reached[node], lacks = known[key]

@@ -35,6 +35,16 @@ def test_the_gradient_of_an_operator_without_a_second_derivative_is_refused():
     assert "in distances: return aten._pdist_forward(model(batch[0]), 2.0).mean()" in str(caught.value)
 
 
+def test_calls_of_one_operator_may_have_different_numbers_of_results():
+    def rows(model, batch):
+        out = model(batch[0])
+        return out.unbind(1)[1].sum() + out.unbind(0)[-1].square().sum()
+
+    fn = started(rows)
+    _, loss = fn.step(fn.init(), regression(1)[0])
+    assert loss.item() != 0
+
+
 @pytest.mark.parametrize("loss", [distances_of_the_batch, detached_distances])
 def test_what_no_parameter_reaches_needs_no_derivative(loss):
     fn = started(loss)
