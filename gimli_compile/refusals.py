@@ -88,8 +88,8 @@ def number_for_each(operator: str) -> CaptureError:
     """A hyperparameter with one value for each element meets elements that a mask selected."""
     return CaptureError(
         compose_message(
-            f"a hyperparameter that has a value for each element of its parameter meets, in `{operator}`, elements that "
-            "a mask selected",
+            "a hyperparameter that has a value for each element of its parameter meets elements that a mask selected, "
+            f"in `{operator}`",
             user_source(),
             "The code has one number there. Which of the values belong to the selected elements it does not say.",
             "Give this hyperparameter one value (of each parameter: `per_parameter=True`), or write the step with "

@@ -371,8 +371,10 @@ def test_a_number_for_each_element_is_selected_with_them(change):
 
 def test_the_line_of_an_error_is_the_optimizers():
     def mismatched(p, grad, momentum, group):
-        grad + torch.ones(7)
+        return grad + torch.ones(7)
 
     model = Matrix()
-    with pytest.raises(gimli.CaptureError, match=r"test_selections.py:\d+ in mismatched: grad \+ torch.ones\(7\)"):
+    with pytest.raises(
+        gimli.CaptureError, match=r"test_selections.py:\d+ in mismatched: return grad \+ torch.ones\(7\)"
+    ):
         gimli.functionalize(model, Masked(model.parameters(), mismatched))
