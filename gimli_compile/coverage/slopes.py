@@ -15,7 +15,7 @@ _SMOOTH = 1e-9  # two widths that agree to this end the search
 _FIT_LADDER = tuple(10.0 ** (-power / 2) for power in range(1, 11))
 _FIT_POINTS = 24
 _FIT_DEGREES = (3, 5)
-_LOCAL_LADDER = tuple(10.0 ** (-power / 2) for power in range(10, 25))
+_LOCAL_LADDER = tuple(10.0**-power for power in range(6, 13))
 _LOCAL_POINTS = 12
 _HALVINGS = 45  # from a thousandth of a number to its last places
 _ROUNDING = 1e-15  # of the values of a function that is computed in float64
@@ -72,7 +72,7 @@ def local_slope(function: Function, room: float, sides: Sequence[int]) -> Slope 
 
 
 def nearby_jump(function: Function, slope: float, reach: float) -> float:
-    """Returns by how much the function jumps somewhere between 0 and `reach`; 0 if it does not.
+    """Returns by how much the function jumps somewhere between 0 and `reach`; 0 if it does not, NaN without values.
 
     The interval is halved, always to where the function leaves the line of this slope more, until the ends are
     neighbours: what is left is then many times what any slope could make of so short a way.
@@ -87,6 +87,8 @@ def nearby_jump(function: Function, slope: float, reach: float) -> float:
             high, at_high = middle, at_middle
         else:
             low, at_low = middle, at_middle
+        if math.isnan(at_middle):
+            return math.nan
     left = abs(at_high - at_low)
     explained = 1e3 * (steepness + abs(slope)) * abs(high - low) + 10 * _ROUNDING * max(abs(at_high), abs(at_low))
     return left if left > explained else 0.0

@@ -82,8 +82,8 @@ class Line:
 def judge(line: Line, got: float) -> Derivative:
     """Compares the derivative `got` of a program along a line with the slope of the live code."""
     found = _judge_noisy(line, got) if line.rounding else _judge_smooth(line, got)
-    if not line.rounding and not line.count and _is_staircase(line, found):
-        return _as(found, Verdict.STAIRCASE)
+    if not line.rounding and not line.count:
+        found = _as(found, _seen_closer(line, found))
     if found.verdict is Verdict.WRONG and line.reported:
         return _as(found, Verdict.REPORTED)
     if line.count and found.verdict is not Verdict.EXACT and not _is_smooth(found):
@@ -100,20 +100,25 @@ def _is_smooth(found: Derivative) -> bool:
     return found.verdict is Verdict.WRONG and math.isfinite(found.expected) and found.uncertainty < _KINK
 
 
-def _is_staircase(line: Line, found: Derivative) -> bool:
-    """Tells whether the live code jumps nearby, and has the program's slope up to there though not beyond."""
+def _seen_closer(line: Line, found: Derivative) -> Verdict:
+    """Returns STAIRCASE where the live code jumps nearby, and has the program's slope up to there though not beyond.
+
+    Without values to tell, because time is up, a derivative is unmeasured and not wrong.
+    """
     doubtful = (Verdict.WRONG, Verdict.UNMEASURED, Verdict.JUMP, Verdict.KINK)
     if found.verdict not in doubtful or not (math.isfinite(found.got) and math.isfinite(found.expected)):
-        return False
+        return found.verdict
     sides = _wide_sides(line)
     room = max(line.left, line.right)
-    if not nearby_jump(line.function, found.got, sides[-1] * room * _STEPS):
-        return False
-    near = local_slope(line.function, room, sides)
+    jump = nearby_jump(line.function, found.got, sides[-1] * room * _STEPS)
+    near = local_slope(line.function, room, sides) if jump > 0 else None
+    if math.isnan(jump) or (jump and near is None):
+        return Verdict.UNMEASURED
     if near is None or near.uncertainty > abs(found.got - found.expected) / 10:
-        return False
+        return found.verdict
     scale = max(abs(found.got), abs(near.value), NEGLIGIBLE)
-    return abs(found.got - near.value) <= TOLERANCE * scale + 4 * near.uncertainty
+    agrees = abs(found.got - near.value) <= TOLERANCE * scale + 4 * near.uncertainty
+    return Verdict.STAIRCASE if agrees else found.verdict
 
 
 def _wide_sides(line: Line) -> list[int]:
