@@ -29,14 +29,25 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_plain(protocol: Protocol | None, name: str) -> None:
-    """Refuses to speak of the update alone where it is no function of gradients."""
-    if protocol is None or not protocol.is_plain:
+    """Refuses to speak of the update alone where it is no function of gradients, or does not run on its own."""
+    if protocol is None:
+        raise InputError(
+            compose_message(
+                f"`{name}.step` runs in the train step only",
+                None,
+                "It ran neither along made-up gradients nor with a made-up loss, so that no update is known apart.",
+                "Use `step` and `unroll`, and look at `programs['step']`. What is differentiable in what, "
+                "`torch.autograd.grad` of their results says.",
+            )
+        )
+    if not protocol.is_plain:
         raise InputError(
             compose_message(
                 f"`{name}.step` is no function of gradients alone",
                 None,
                 "It evaluates the loss or differentiates gradients, or a scheduler needs the loss: only the step can.",
-                "Use `step` and `unroll`, and look at `programs['step']`.",
+                "Use `step` and `unroll`, and look at `programs['step']`. What is differentiable in what, "
+                "`torch.autograd.grad` of their results says.",
             )
         )
 

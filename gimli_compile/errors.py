@@ -20,7 +20,7 @@ class ProgramError(GimliError):
 
 
 class BakedValueWarning(UserWarning):
-    """A number of the optimizer had to be taken as a constant: its derivative is not in the program."""
+    """A number, or a value that a step found by search, is a constant: its derivative is not in the program."""
 
 
 def compose_message(what: str, where: object = None, why: str = "", cure: str = "") -> str:

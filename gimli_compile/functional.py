@@ -367,7 +367,7 @@ class Functional:
         return decide_requirements(captured, [*self.hyperparameters().by_path()], wanted)
 
     def report(self) -> list[Baked]:
-        """Returns the numbers that are constants of the captured programs, each with the line that made it one."""
+        """Returns what became a constant of the captured programs: numbers, values found by search; with the lines."""
         whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
         return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
 

@@ -276,7 +276,7 @@ def _full(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     maker = {torch.full: torch.zeros, torch.full_like: torch.zeros_like, Tensor.new_full: Tensor.new_zeros}[func]
     with mode:
         out = maker(*sized.values(), **given)
-        return out.fill_(value)
+        return out.copy_(value.tensor) if value.tensor.dim() else out.fill_(value)
 
 
 def _real_kind(value: Any) -> Any:

@@ -17,7 +17,7 @@ from gimli_compile.host_draws import generators_forked
 from gimli_compile.literals import held_functions
 from gimli_compile.live_gradients import live_gradients_kept
 from gimli_compile.owned_generators import generators_kept
-from gimli_compile.provenance import user_source
+from gimli_compile.provenance import raised_at, user_source
 from gimli_compile.row_gradients import as_eager
 from gimli_compile.schedulers import Schedulers
 from gimli_compile.skeleton import Companion, Leaf, Skeleton, Value, leaves_of, opaque_of, owners_of, parts_by_parameter
@@ -238,7 +238,7 @@ class OptimizerView:
             raise CaptureError(
                 compose_message(
                     f"{self.step_name} raised {type(error).__name__}: {error}",
-                    _where(error) or user_source(),
+                    raised_at(error) or user_source(),
                     "The optimizer's own step was run on copies of its parameters and state.",
                     "Check that the same step runs in eager mode with these options and gradients.",
                 )
@@ -339,14 +339,3 @@ def flags_cleared(optimizer: Any) -> Iterator[None]:
     yield
     for options, flag in cleared:
         options[flag] = True
-
-
-def _where(error: BaseException) -> str | None:
-    trace = error.__traceback__
-    last = None
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if "gimli_compile" not in code.co_filename:
-            last = f"{'/'.join(code.co_filename.split('/')[-3:])}:{trace.tb_lineno} in {code.co_name}"
-        trace = trace.tb_next
-    return last

@@ -55,6 +55,17 @@ def user_source() -> SourceLine | None:
     return current_source(outside_torch=True) or current_source()
 
 
+def raised_at(error: BaseException) -> SourceLine | None:
+    """Returns the innermost of the lines that an error came through which is somebody's code, as `current_source`."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if _classify(code.co_filename) != "plumbing":
+            found = _line_of(code.co_filename, trace.tb_lineno, code.co_name)
+        trace = trace.tb_next
+    return found
+
+
 def called_by_torch() -> bool:
     """Tells whether the code that is running belongs to torch itself, such as a check of its arguments."""
     frame: FrameType | None = sys._getframe(1)

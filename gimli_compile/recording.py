@@ -38,6 +38,7 @@ HOST = 1  # the value follows from counters and hyperparameters alone
 HOST_DRAW = "number"  # what names the draws of Python's and NumPy's generators
 DATA = 2  # the value depends on parameters, gradients, batches or draws
 COUNTED = 4  # the value depends on numbers of the state, which change from step to step
+EACH = 8  # the value has one for each element of a parameter, where the code expects a number
 _NOT_RECORDED = {aten.is_same_size.default, aten.is_pinned.default}
 # Of their argument, only the form reaches the result.
 _OF_FORM = {
@@ -299,6 +300,8 @@ class Recorder(TorchDispatchMode):
         self._refuse_writes(func, args, kwargs)
         if not reach:
             return
+        if reach & EACH:
+            self.extents.refuse_each(func, args, kwargs, lambda tensor: self.reach(tensor) & (EACH | DATA) == EACH)
         if func is aten._local_scalar_dense.default:
             raise value_read(func._opname, in_model=self.region is Region.LOSS)
         if torch.Tag.dynamic_output_shape in func.tags and self._shape_varies(func, args):

@@ -84,6 +84,20 @@ def varying_distribution(operator: str) -> CaptureError:
     )
 
 
+def number_for_each(operator: str) -> CaptureError:
+    """A hyperparameter with one value for each element meets elements that a mask selected."""
+    return CaptureError(
+        compose_message(
+            "a hyperparameter that has a value for each element of its parameter meets elements that a mask selected, "
+            f"in `{operator}`",
+            user_source(),
+            "The code has one number there. Which of the values belong to the selected elements it does not say.",
+            "Give this hyperparameter one value (of each parameter: `per_parameter=True`), or write the step with "
+            "`torch.where(mask, ..., x)` in place of `x[mask]`.",
+        )
+    )
+
+
 _LACKING = {torch.ctc_loss: "ctc_loss"}
 
 

@@ -7,7 +7,7 @@ for which it matters, becomes a condition of the program; `passes.selection` mak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.passes.masked_form import is_elementwise, is_reduction
+from gimli_compile.refusals import number_for_each
 
 if TYPE_CHECKING:
     from gimli_compile.recording import Recorder
@@ -34,6 +35,14 @@ def masks_of(func: Any, args: Any) -> list[torch.Tensor]:
     if func is aten.masked_select.default:
         return [args[1]]
     return [index for index in args[1] if index is not None and index.dtype in _MASKED]
+
+
+def _is_write(func: Any) -> bool:
+    return func._opname.removesuffix("_") in _WRITES
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in _MASKED
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Extents:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._found = WeakTensorKeyDictionary()
+        self._gathered = WeakTensorKeyDictionary()
         self._counted = WeakTensorKeyDictionary()
         self._carried = False
 
@@ -93,21 +103,45 @@ class Extents:
             known = self._counted[mask] = (version, Count(total, int(total)))
         return known[1]
 
+    def refuse_each(self, func: Any, args: Any, kwargs: Any, is_each: Callable[[torch.Tensor], bool]) -> None:
+        """Refuses numbers that are one for each element of a parameter where there are selected elements only."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if _is_write(func):
+            written = args[2] if any(map(_is_mask, tree_leaves(args[1]))) else None
+            meeting = isinstance(written, torch.Tensor) and bool(written.dim()) and is_each(written)
+            if meeting and not self.knows(written):
+                raise number_for_each(func._opname)
+            return
+        chosen = [tensor for tensor in tensors if tensor in self._found or tensor in self._gathered]
+        others = [tensor for tensor in tensors if tensor.dim() and all(tensor is not other for other in chosen)]
+        if chosen and any(map(is_each, others)):
+            raise number_for_each(func._opname)
+
     def follow(self, func: Any, tensors: list[torch.Tensor], out: Any) -> None:
         """Notes the results of an operator on selections; one to which their number may matter makes it a condition."""
+        carries = func is aten.index.Tensor or is_elementwise(func)
+        if self._gathered and carries and any(tensor in self._gathered for tensor in tensors):
+            self._gather(out)
         extents = [self._found[tensor] for tensor in tensors if tensor in self._found]
-        if not extents or func._opname.removesuffix("_") in _WRITES:
+        if not extents or _is_write(func):
             return
         counts = {id(count): count for extent in extents for count in extent.counts}
         if not (self._carried or is_elementwise(func) or is_reduction(func)):
             with self._recorder:
                 self._expect(counts.values())
+            self._gather(out)
             return
         sizes = {tensor.shape[0] for tensor in tensors if tensor in self._found}
         for item in tree_leaves(out):
             if isinstance(item, torch.Tensor) and item.dim() and item not in self._found:
                 exact = is_elementwise(func) and len(counts) == 1 and all(extent.exact for extent in extents)
                 self._found[item] = Extent(tuple(counts.values()), exact and sizes == {item.shape[0]})
+
+    def _gather(self, out: Any) -> None:
+        """Notes results whose elements are selected ones in another order or shape, as many as there are now."""
+        for item in tree_leaves(out):
+            if isinstance(item, torch.Tensor) and item.dim():
+                self._gathered[item] = True
 
     # ------------------------------------------------------------------ above it
 

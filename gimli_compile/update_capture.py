@@ -23,8 +23,10 @@ from gimli_compile.owned_generators import draws_refused
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
-from gimli_compile.recording import COUNTED, DATA, HOST, Recorder
+from gimli_compile.provenance import SourceLine
+from gimli_compile.recording import COUNTED, DATA, EACH, HOST, Recorder
 from gimli_compile.row_gradients import Gradient, RowGradient
+from gimli_compile.searches import find_search
 from gimli_compile.skeleton import Leaf, leaves_of
 from gimli_compile.slot import CARRIED, CROSSING, Role, Slot
 from gimli_compile.tree_slots import Returned
@@ -131,7 +133,9 @@ class UpdateTracing:
         value = self.inputs.value_of(leaf)
         slot = Slot(self.inputs.role_of(leaf), leaf.path)
         reach = HOST if value.dim() == 0 or slot.role is Role.HYPER else DATA
-        traced = self._add(slot, value, reach | COUNTED if slot.role is Role.STATE and reach is HOST else reach)
+        reach |= COUNTED if slot.role is Role.STATE and reach is HOST else 0
+        reach |= EACH if value.dim() and leaf.kind != "tensor" else 0
+        traced = self._add(slot, value, reach)
         if leaf.kind == "tensor":
             return self._declared(leaf, traced)
         form = traced if traced.dtype == torch.float64 else traced.to(torch.float64)
@@ -234,9 +238,14 @@ def _finish(
         tuple(after.values()),
         decide,
         _pins(main, decide, tracing.inputs),
-        baked=tuple(tracing.recorder.baked),
+        baked=(*tracing.recorder.baked, *find_search(program, conditions, _lines(tracing.recorder))),
         returned=tracing.returned,
     )
+
+
+def _lines(recorder: Recorder) -> dict[Slot, SourceLine | None]:
+    """Returns where each recorded guard was decided."""
+    return {Slot(Role.GUARD, str(index)): guard.source for index, guard in enumerate(recorder.guards)}
 
 
 def _titled(program: Program) -> Program:

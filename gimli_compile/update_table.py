@@ -76,6 +76,7 @@ class UpdateTable:
             program = variant.program if order == 2 else variant.first_order
             results = program({**values, **program.draw(inputs.draws)})
             if variant.held(results):
+                variant.check_derivatives(values, order)
                 return variant, results
         raise CaptureError(
             compose_message(

@@ -8,13 +8,14 @@ from functools import cached_property
 
 import torch
 
+from gimli_compile.passes.differentiability import check_derivatives
 from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.recording import HOST_DRAW, Baked
 from gimli_compile.skeleton import Skeleton
 from gimli_compile.slot import Role, Slot
-from gimli_compile.transforms import is_everywhere
+from gimli_compile.transforms import is_differentiated, is_everywhere, outside_transforms
 from gimli_compile.tree_slots import Returned
 
 
@@ -60,6 +61,21 @@ class UpdateVariant:
     def first_order(self) -> Program:
         """The program in which the inner gradients are constants."""
         return first_order(self.program)
+
+    @cached_property
+    def _differentiable(self) -> set[tuple[int, frozenset[Slot]]]:
+        """The order, and the inputs, that derivatives were asked for and are there."""
+        return set()
+
+    def check_derivatives(self, values: Mapping[Slot, torch.Tensor], order: int) -> None:
+        """Refuses to run where derivatives are asked for that the program of this order does not have."""
+        if not torch.is_grad_enabled():
+            return
+        asked = frozenset(slot for slot, value in values.items() if is_differentiated(value))
+        if asked and (order, asked) not in self._differentiable:
+            with outside_transforms():
+                check_derivatives(self.program if order == 2 else self.first_order, asked)
+            self._differentiable.add((order, asked))
 
     def holds(self, values: Mapping[Slot, torch.Tensor], watched: frozenset[str] = frozenset()) -> bool:
         """Tells, before the step, whether this variant is right for these values.

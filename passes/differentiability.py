@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.metadata import FAKE
 from gimli_compile.program import Program
-from gimli_compile.slot import Role
+from gimli_compile.slot import CARRIED, Role, Slot
 
 aten = torch.ops.aten
 _DIFFERENTIATED = (Role.PARAM, Role.META)
@@ -27,12 +27,50 @@ def refuse_missing_derivatives(program: Program) -> Program:
     A gradient is part of the program, and a loop differentiates it again: without this, an operator whose gradient has
     no derivative would fail in the user's outer backward pass, in torch's words and far from the line that called it.
 
+    Updates and whole steps do without this pass: they may be run without being differentiated at all, or in part. For
+    them `check_derivatives` looks at what a run is asked for.
+
     Raises:
         CaptureError: an operator has no derivative; the message names the line that called it.
     """
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    slots = zip(placeholders, program.inputs, strict=True)
-    reached = {node: [True] for node, slot in slots if slot.role in _DIFFERENTIATED}
+    lacking = next(_lacking(program, {slot for slot in program.inputs if slot.role in _DIFFERENTIATED}), None)
+    if lacking is not None:
+        raise _error(lacking)
+    return program
+
+
+def check_derivatives(program: Program, asked: Collection[Slot]) -> None:
+    """Refuses a program that lacks a derivative of the new parameters or the new state in the inputs asked for.
+
+    What it returns besides, such as quantities to log, may lack some: torch says so if they are differentiated.
+
+    Raises:
+        CaptureError: an operator has no derivative; the message names the line that called it.
+    """
+    lacking = set(_lacking(program, asked))
+    if not lacking:
+        return
+    pairs = zip(program.results, program.returned, strict=True)
+    waiting = [node for slot, node in pairs if slot.role in CARRIED and _has_gradient(node)]
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node.meta.get("stop"):
+            continue
+        if node in lacking:
+            raise _error(node)
+        seen.add(node)
+        waiting += node.all_input_nodes
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor) and _is_floating(node.meta["val"])
+
+
+def _lacking(program: Program, asked: Collection[Slot]) -> Iterator[fx.Node]:
+    """Yields the calls on the way from these inputs that torch cannot differentiate."""
+    slots = zip(program.placeholders, program.inputs, strict=True)
+    reached = {node: [True] for node, slot in slots if slot in asked}
     known: dict[Any, tuple[list[bool], bool]] = {}
     for node in program.graph.nodes:
         if node.op != "call_function" or node.meta.get("stop"):
@@ -41,13 +79,13 @@ def refuse_missing_derivatives(program: Program) -> Program:
             source, index = node.args
             reached[node] = [source in reached and reached[source][index]]
             continue
-        key = (node.target, tuple(any(reached.get(source, ())) for source in node.all_input_nodes))
+        count = len(tree_leaves(node.meta["val"]))
+        key = (node.target, tuple(any(reached.get(source, ())) for source in node.all_input_nodes), count)
         if key not in known:
             known[key] = _differentiate(node, reached)
         reached[node], lacks = known[key]
         if lacks:
-            raise _error(node)
-    return program
+            yield node
 
 
 def _differentiate(node: fx.Node, reached: Mapping[fx.Node, list[bool]]) -> tuple[list[bool], bool]:
@@ -89,7 +127,7 @@ def _error(node: fx.Node) -> CaptureError:
         compose_message(
             f"`{node.target}` has no derivative",
             node.meta.get("source"),
-            "An inner gradient is differentiated again by the outer loop, and torch has no formula for this operator, "
+            "The outer loop differentiates steps and inner gradients, and torch has no formula for this operator, "
             "which this line calls or whose gradient needs it.",
             "Write the line in elementary operators, or detach what goes into it.",
         )

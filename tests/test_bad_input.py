@@ -757,3 +757,44 @@ def test_gradients_that_are_not_finite_while_capturing(value):
     params, _ = fn.update(state.params, bad, state.opt_state)
     assert not any(p.isfinite().any() for p in params.values())
     assert_still_trains(PLAIN, model, optimizer)
+
+
+class Fed(torch.optim.SGD):
+    """Steps with what the train step gave it."""
+
+    given = None
+
+    def step(self, closure=None):
+        if self.given is None:
+            raise RuntimeError("nothing was given")
+        super().step(closure)
+
+
+@pytest.mark.parametrize("ask", ("update_rule", "requirements", "update"))
+def test_an_optimizer_that_runs_in_the_train_step_only_has_no_update_of_its_own(ask):
+    def train_step(model, optimizer, batch):
+        optimizer.given = True
+        return squared_error(model, batch)
+
+    model = mlp().double()
+    fn = gimli.functionalize(model, Fed(model.parameters(), lr=0.1), train_step=train_step)
+    state = fn.init()
+    arguments = (state.params, {}, state.opt_state) if ask == "update" else ()
+    with pytest.raises(InputError, match=r"`Fed.step` runs in the train step only[\s\S]*Use `step` and `unroll`"):
+        getattr(fn, ask)(*arguments)
+
+
+def test_the_update_of_a_plain_optimizer_in_a_train_step_is_known_apart():
+    model = mlp().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fn = gimli.functionalize(model, optimizer, train_step=lambda model, optimizer, batch: None)
+    assert str(fn.update_rule()) == str(gimli.functionalize(model, optimizer).update_rule())
+    assert "lr" in str(fn.requirements())
+
+
+@pytest.mark.parametrize("ask", ("update_rule", "requirements"))
+def test_a_step_with_a_closure_is_not_analyzed(ask):
+    model = mlp().double()
+    fn = gimli.functionalize(model, torch.optim.LBFGS(model.parameters()), squared_error)
+    with pytest.raises(InputError, match=r"`LBFGS.step` is no function of gradients alone[\s\S]*torch.autograd.grad"):
+        getattr(fn, ask)()

@@ -15,7 +15,7 @@ from gimli_compile.__main__ import main
 from gimli_compile.coverage import Recipe, Status, Verdict, captured, measure
 from gimli_compile.coverage.discovery import optimizer_classes
 from gimli_compile.coverage.places import places_of
-from gimli_compile.coverage.slopes import central_slope, noisy_slope, side_slope
+from gimli_compile.coverage.slopes import central_slope, local_slope, nearby_jump, noisy_slope, side_slope
 from gimli_compile.coverage.verdict import Line, judge
 from gimli_compile.functional import functionalize
 
@@ -93,6 +93,24 @@ class Horizon(_Plain):
 
     def change(self, group, p):
         p.sub_(p.grad, alpha=group["lr"])
+
+
+class Searching(_Plain):
+    """Solves x^3 + x |g|^2 = target by halving an interval."""
+
+    def __init__(self, params, lr=0.1, target=1.0):
+        super().__init__(params, lr, target=target)
+
+    def change(self, group, p):
+        square = p.grad.square().sum()
+        low, high = 0.0, 4.0
+        while high - low > 1e-8:
+            middle = (low + high) / 2
+            if middle**3 + middle * square < group["target"]:
+                low = middle
+            else:
+                high = middle
+        p.sub_(low * p.grad, alpha=group["lr"])
 
 
 class Matrices(_Plain):
@@ -191,6 +209,22 @@ def test_a_tie_is_a_kink(shelf):
     found = measure(shelf("tie")["Tie"])
     assert found.status is Status.RIGHT
     assert verdicts(found)["groups.0.threshold"] is Verdict.KINK
+
+
+def test_a_search_is_a_staircase(shelf):
+    """The library says so, and the slopes between the jumps are the program's."""
+    found = measure(shelf("searching")["Searching"], Recipe(steps=3, shapes=((3, 2),)))
+    assert found.status is Status.STAIRCASE and found.value_error <= 1e-12
+    known = verdicts(found)
+    assert known["grads"] is known["groups.0.target"] is Verdict.STAIRCASE
+    assert known["params"] is known["groups.0.lr"] is Verdict.EXACT
+    assert errors(found)["grads"] > 1e-3 and any("`x = x - f(x) / slope`" in entry for entry in found.baked)
+
+
+def test_a_staircase_of_which_the_library_does_not_speak_is_wrong(shelf, monkeypatch):
+    monkeypatch.setattr("gimli_compile.update_capture.find_search", lambda *_: ())
+    found = measure(shelf("silent")["Searching"], Recipe(steps=2, shapes=((3, 2),)))
+    assert verdicts(found)["grads"] is Verdict.STAIRCASE and found.status is Status.WRONG
 
 
 def test_low_precision_inside_is_stated_and_its_derivatives_are_exact(shelf):
@@ -299,9 +333,21 @@ def test_slopes_through_noise_know_how_good_they_are():
     assert abs(slope.value - 0.7) < 4 * slope.uncertainty
 
 
+def test_the_slope_between_jumps_is_found_and_so_are_they():
+    def stairs(x):
+        return 0.3 * x + 0.5 * math.floor(x * 1e8 + 0.5) * 1e-8 + 1.0
+
+    slope = local_slope(stairs, 1.0, (-1, 1))
+    assert slope is not None and abs(slope.value - 0.3) <= 4 * slope.uncertainty < 1e-4
+    assert nearby_jump(stairs, 0.3, 1e-3) == pytest.approx(5e-9, rel=1e-3)
+    assert nearby_jump(lambda x: math.sin(x) + x * x, 0.3, 1e-3) == 0
+
+
 @pytest.mark.parametrize(
     ("function", "got", "verdict"),
     (
+        (lambda x: 0.3 * x + 1e-8 * round(5e7 * x), 0.3, Verdict.STAIRCASE),
+        (lambda x: 0.3 * x + 1e-8 * round(5e7 * x), 0.4, Verdict.WRONG),
         (abs, 0.5, Verdict.KINK),
         (abs, 1.5, Verdict.WRONG),
         (abs, math.nan, Verdict.WRONG),
@@ -433,7 +479,7 @@ def test_a_bar_where_there_is_a_terminal(capsys, monkeypatch):
 
 def test_classes_of_other_packages_are_left_out(shelf):
     assert set(shelf("own")) == {
-        "Nested", "Tie", "Coarse", "Mixed", "Noisy", "Refused", "Horizon", "Matrices",
+        "Nested", "Tie", "Coarse", "Mixed", "Noisy", "Refused", "Horizon", "Matrices", "Searching",
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Optimizers that select elements by masks which follow from values."""
 
+import re
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -288,3 +289,92 @@ def test_no_warning_is_raised():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         worst_value_error(case_of(masked_reductions))
+
+
+# ---------------------------------------------------------------------- a number for each element
+
+
+def add_to_the_selected(p, grad, momentum, group):
+    """As many are selected as the parameter has columns: shapes that fit by chance."""
+    chosen = grad[grad >= grad.flatten().topk(4).values[-1]]
+    return (chosen * group["threshold"]).sum()
+
+
+def scale_by_position(p, grad, momentum, group):
+    return (grad[(grad > 0).nonzero(as_tuple=True)] * group["threshold"]).sum()
+
+
+def write_to_the_selected(p, grad, momentum, group):
+    grad[grad > -100] = group["threshold"]
+
+
+def write_through_a_tensor(p, grad, momentum, group):
+    scale = torch.tensor(group["threshold"])
+    chosen = grad[grad > 0]
+    grad[grad > 0] = chosen * scale
+
+
+def select_from_a_tensor(p, grad, momentum, group):
+    """The right elements: what is filled with the number is selected by the same mask."""
+    mask = grad > 0
+    scale = torch.full_like(p, group["threshold"])
+    grad[mask] = grad[mask] * scale[mask]
+
+
+def by_where(p, grad, momentum, group):
+    grad.copy_(torch.where(grad > 0, grad * group["threshold"], grad))
+
+
+def with_a_threshold_for_each(change, threshold):
+    model = Matrix()
+    fn = gimli.functionalize(model, Masked(model.parameters(), change), per_parameter=True)
+    state, hyper = fn.init(), fn.hyperparameters()
+    hyper[0]["threshold"] = threshold
+    grads = {"weight": torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)[:, [2, 0, 3, 1]]}
+    return fn.update(state.params, grads, state.opt_state, hyper)[0]["weight"]
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    (
+        (clip_spikes, r"torch.sqrt\(group"),
+        (reset_to_a_number, r"\*= group"),
+        (masked_reductions, r"chosen > group"),
+        (scale_by_position, r"nonzero\(as_tuple=True\)\] \* group"),
+        (add_to_the_selected, r"\(chosen \* group"),
+        (write_to_the_selected, r"= group"),
+        (write_through_a_tensor, r"chosen \* scale"),
+    ),
+)
+def test_a_number_for_each_element_does_not_meet_selected_ones(change, line):
+    with pytest.raises(gimli.CaptureError, match="value for each element of its parameter meets") as caught:
+        with_a_threshold_for_each(change, torch.full((3, 4), 0.7, dtype=torch.float64))
+    assert re.search(f"test_selections.py:.*{line}", str(caught.value)) and "torch.where" in str(caught.value)
+
+
+@pytest.mark.parametrize("change", (select_from_a_tensor, by_where))
+def test_a_number_for_each_element_is_selected_with_them(change):
+    """Of elements with different numbers, each goes as if the number were that of all."""
+    low, high = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    mixed = torch.where(torch.arange(12).view(3, 4) % 2 == 0, low, high)
+    found = with_a_threshold_for_each(change, mixed)
+    expected = [with_a_threshold_for_each(change, number.expand(3, 4).clone()) for number in (low, high)]
+    assert torch.equal(found, torch.where(mixed == low, *expected))
+    assert not torch.equal(*expected)
+
+
+def test_the_line_of_an_error_is_the_optimizers():
+    def mismatched(p, grad, momentum, group):
+        return grad + torch.ones(7)
+
+    model = Matrix()
+    with pytest.raises(
+        gimli.CaptureError, match=r"test_selections.py:\d+ in mismatched: return grad \+ torch.ones\(7\)"
+    ):
+        gimli.functionalize(model, Masked(model.parameters(), mismatched))

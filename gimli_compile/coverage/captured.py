@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from gimli_compile.coverage.live import Drive, Trial, projection, seed_everything
-from gimli_compile.errors import InputError, compose_message
 from gimli_compile.functional import Functional, functionalize
 from gimli_compile.program import Program
 from gimli_compile.state import Hyperparameters, TrainState
@@ -121,19 +119,9 @@ def size_of(program: Program) -> int:
 
 
 def _functionalize(trial: Trial, model: Any, optimizer: Any) -> Functional:
-    if trial.train_step is None:
-        return functionalize(model, optimizer, trial.loss)
-    if "train_step" not in inspect.signature(functionalize).parameters:
-        raise InputError(
-            compose_message(
-                f"`{type(optimizer).__name__}` is trained by a train step of its own",
-                None,
-                "`functionalize` captures the default step: the loss's gradient, then `optimizer.step()`.",
-                "Use an optimizer that steps along the gradients that the parameters have.",
-            )
-        )
-    options: dict[str, Any] = {"train_step": trial.train_step}
-    return functionalize(model, optimizer, **options)
+    if trial.train_step is not None:
+        return functionalize(model, optimizer, train_step=trial.train_step)
+    return functionalize(model, optimizer, trial.loss)
 
 
 def _is_smooth(value: Any) -> bool:

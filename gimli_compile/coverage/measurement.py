@@ -20,6 +20,7 @@ from gimli_compile.coverage.trials import NoTrial, find_trial
 from gimli_compile.coverage.verdict import NEGLIGIBLE, Derivative, Line, Verdict, judge
 from gimli_compile.coverage.widening import Widened
 from gimli_compile.errors import GimliError
+from gimli_compile.searches import Search
 
 VALUE_TOLERANCE = 1e-12
 _COARSE = 4  # how many roundings of the coarsest dtype inside a step the values may differ by
@@ -31,6 +32,7 @@ class Status(enum.Enum):
 
     RIGHT = "right"
     REPORTED = "reported"
+    STAIRCASE = "staircase"
     STOPPED = "stopped"
     WRONG = "wrong"
     REFUSED = "refused"
@@ -43,9 +45,10 @@ class Measurement:
     """What was measured of one class.
 
     Status RIGHT: values and derivatives are the live code's. REPORTED: so they are but for derivatives of numbers that
-    the library reports as constants. STOPPED: nothing is wrong so far, and time was up. WRONG: they differ and
-    nothing says so. REFUSED: the library refuses with a reason. FAILED: it raises something else. NOT_RUN: the live
-    class could not be made or run.
+    the library reports as constants. STAIRCASE: the live code jumps wherever a search ends otherwise, the derivatives
+    are its slopes between jumps, and the library says so. STOPPED: nothing is wrong so far, and time was up. WRONG:
+    they differ and nothing says so. REFUSED: the library refuses with a reason. FAILED: it raises something else.
+    NOT_RUN: the live class could not be made or run.
 
     `value_error` is the largest relative difference of a parameter after any step, from a fresh and from a warmed-up
     state; `constants` are numbers that the live code depends on and neither program nor report knows; `seconds` is the
@@ -131,9 +134,12 @@ def _measured(trial: Trial, blank: Measurement) -> Measurement:
     value_error = max(fresh.value_error, warm.value_error)
     allowed = VALUE_TOLERANCE if not fresh.rounding else max(VALUE_TOLERANCE, _COARSE * fresh.rounding)
     wrong = not value_error <= allowed or bool(fresh.constants)
+    searched = fresh.searched or warm.searched
     return replace(
         blank,
-        status=_status({derivative.verdict for derivative in found}, wrong=wrong, late=trial.is_late),
+        status=_status(
+            {derivative.verdict for derivative in found}, wrong=wrong, searched=searched, late=trial.is_late
+        ),
         value_error=value_error,
         derivatives=found,
         constants=fresh.constants,
@@ -145,11 +151,13 @@ def _measured(trial: Trial, blank: Measurement) -> Measurement:
     )
 
 
-def _status(verdicts: set[Verdict], *, wrong: bool, late: bool) -> Status:
-    if wrong or Verdict.WRONG in verdicts:
+def _status(verdicts: set[Verdict], *, wrong: bool, searched: bool, late: bool) -> Status:
+    if wrong or Verdict.WRONG in verdicts or (Verdict.STAIRCASE in verdicts and not searched):
         return Status.WRONG
     if late and Verdict.UNMEASURED in verdicts:
         return Status.STOPPED
+    if Verdict.STAIRCASE in verdicts:
+        return Status.STAIRCASE
     return Status.REPORTED if Verdict.REPORTED in verdicts else Status.RIGHT
 
 
@@ -166,6 +174,7 @@ class _Part:
     rounding: float
     precision: str
     baked: tuple[str, ...]
+    searched: bool
 
 
 def _measure_from(trial: Trial, warm: int) -> _Part:
@@ -175,7 +184,8 @@ def _measure_from(trial: Trial, warm: int) -> _Part:
     variants = captured.programs()
     history, gradients = captured.gradients()
     rounding, precision = coarsest_rounding(captured.programs())
-    baked = tuple(str(entry) for entry in captured.fn.report())
+    report = captured.fn.report()
+    baked = tuple(map(str, report))
     start = Start.of(trial, warm)
     lines = [
         (with_facts(line, reported=_is_reported(line.path, baked), rounding=rounding), got)
@@ -194,6 +204,7 @@ def _measure_from(trial: Trial, warm: int) -> _Part:
         rounding,
         precision,
         baked,
+        any(isinstance(entry, Search) for entry in report),
     )
 
 
@@ -223,7 +234,7 @@ def _judge_widened(trial: Trial, warm: int, lines: list[tuple[Line, float]]) -> 
 def _with_roundings(found: Derivative, got: float, line: Line) -> Derivative:
     """Takes into account what the program with its roundings gives, and what the library says of it."""
     lost = not math.isfinite(got) or (got == 0 and abs(found.got) > NEGLIGIBLE)
-    verdict = Verdict.WRONG if lost and found.verdict is Verdict.EXACT else found.verdict
+    verdict = Verdict.WRONG if lost and found.verdict in (Verdict.EXACT, Verdict.STAIRCASE) else found.verdict
     reported = verdict is Verdict.WRONG and line.reported
     return replace(found, verdict=Verdict.REPORTED if reported else verdict)
 

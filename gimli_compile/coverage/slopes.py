@@ -15,6 +15,10 @@ _SMOOTH = 1e-9  # two widths that agree to this end the search
 _FIT_LADDER = tuple(10.0 ** (-power / 2) for power in range(1, 11))
 _FIT_POINTS = 24
 _FIT_DEGREES = (3, 5)
+_LOCAL_LADDER = tuple(10.0**-power for power in range(6, 13))
+_LOCAL_POINTS = 12
+_HALVINGS = 45  # from a thousandth of a number to its last places
+_ROUNDING = 1e-15  # of the values of a function that is computed in float64
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,39 @@ def noisy_slope(function: Function, room: float, sides: Sequence[int], rounding:
     return min(known, key=lambda slope: slope.uncertainty, default=None)
 
 
+def local_slope(function: Function, room: float, sides: Sequence[int]) -> Slope | None:
+    """Returns the derivative at 0 between the nearest jumps to both sides, however near they are.
+
+    Lines are fitted over intervals that shrink to nothing but rounding; the one with the least uncertainty is taken.
+    """
+    widths = [room * width for width in _LOCAL_LADDER]
+    fits = [_fit_line(function, width, sides) for width in widths]
+    return min((fit for fit in fits if fit is not None), key=lambda slope: slope.uncertainty, default=None)
+
+
+def nearby_jump(function: Function, slope: float, reach: float) -> float:
+    """Returns by how much the function jumps somewhere between 0 and `reach`; 0 if it does not, NaN without values.
+
+    The interval is halved, always to where the function leaves the line of this slope more, until the ends are
+    neighbours: what is left is then many times what any slope could make of so short a way.
+    """
+    low, high = 0.0, reach
+    at_low, at_high = (_value(function, end) - slope * end for end in (low, high))
+    steepness = abs(at_high - at_low) / abs(reach)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        at_middle = _value(function, middle) - slope * middle
+        if abs(at_middle - at_low) > abs(at_high - at_middle):
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
+        if math.isnan(at_middle):
+            return math.nan
+    left = abs(at_high - at_low)
+    explained = 1e3 * (steepness + abs(slope)) * abs(high - low) + 10 * _ROUNDING * max(abs(at_high), abs(at_low))
+    return left if left > explained else 0.0
+
+
 def _weights(places: tuple[int, ...]) -> np.ndarray:
     """Returns what to multiply the values at these places with to get, in two rows, value and derivative at 0."""
     powers = np.vander(np.array(places, dtype=float), increasing=True).T
@@ -93,10 +130,23 @@ def _value(function: Function, offset: float) -> float:
         return math.nan
 
 
+def _fit_line(function: Function, width: float, sides: Sequence[int]) -> Slope | None:
+    points = _points(_LOCAL_POINTS, sides)
+    values = np.array([_value(function, float(point) * width) for point in points])
+    if not np.isfinite(values).all():
+        return None
+    found = _fitted(points, values - values[0], 1)
+    rounded = _ROUNDING * float(np.abs(values).max()) / math.sqrt(_LOCAL_POINTS)
+    return Slope(found.value / width, (found.uncertainty + rounded) / width)
+
+
+def _points(count: int, sides: Sequence[int]) -> np.ndarray:
+    points = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    return sides[0] * (points + 1) / 2 if len(sides) == 1 else points
+
+
 def _fit(function: Function, width: float, sides: Sequence[int], rounding: float) -> Slope | None:
-    points = np.cos(np.pi * (np.arange(_FIT_POINTS) + 0.5) / _FIT_POINTS)
-    if len(sides) == 1:
-        points = sides[0] * (points + 1) / 2
+    points = _points(_FIT_POINTS, sides)
     values = np.array([_value(function, float(point) * width) for point in points])
     if not np.isfinite(values).all():
         return None

@@ -6,12 +6,21 @@ import enum
 import math
 from dataclasses import dataclass
 
-from gimli_compile.coverage.slopes import Function, Slope, central_slope, noisy_slope, side_slope
+from gimli_compile.coverage.slopes import (
+    Function,
+    Slope,
+    central_slope,
+    local_slope,
+    nearby_jump,
+    noisy_slope,
+    side_slope,
+)
 
 TOLERANCE = 1e-6
 NEGLIGIBLE = 1e-3  # derivatives below this are compared absolutely
 _KINK = 1e-5  # how far the slopes of the two sides differ, relatively, where there is a kink
 _BEND = 1e-4  # how well the slope of a small surrounding must be known, relatively, to be believed
+_STEPS = 1e-3  # how far, as a part of the room, to look for the jumps of a staircase
 _UNEQUAL = 1e-2  # a side with less than this part of the other's room is an edge
 
 
@@ -25,6 +34,7 @@ class Verdict(enum.Enum):
     COUNT = "count"
     REPORTED = "reported"
     UNMEASURED = "unmeasured"
+    STAIRCASE = "staircase"
     WRONG = "wrong"
 
 
@@ -39,7 +49,8 @@ class Derivative:
     value beside this one, however near, and so no slope; the program has that of the branch taken. PRECISION is what
     the coarsest dtype inside the step allows. COUNT is an integer that the live code does not take as a smooth
     quantity. REPORTED differs, and the library says that the number is a constant. UNMEASURED differs by no more than
-    the slope of the live code is uncertain by. WRONG differs.
+    the slope of the live code is uncertain by. STAIRCASE: the live code jumps nearby, as the result of a search does;
+    the program has the slope up to the jumps, `expected` and `error` are those of differences beyond. WRONG differs.
     """
 
     path: str
@@ -71,6 +82,8 @@ class Line:
 def judge(line: Line, got: float) -> Derivative:
     """Compares the derivative `got` of a program along a line with the slope of the live code."""
     found = _judge_noisy(line, got) if line.rounding else _judge_smooth(line, got)
+    if not line.rounding and not line.count:
+        found = _as(found, _seen_closer(line, found))
     if found.verdict is Verdict.WRONG and line.reported:
         return _as(found, Verdict.REPORTED)
     if line.count and found.verdict is not Verdict.EXACT and not _is_smooth(found):
@@ -85,6 +98,31 @@ def _as(found: Derivative, verdict: Verdict) -> Derivative:
 def _is_smooth(found: Derivative) -> bool:
     """Tells whether the live code had one well-measured slope, so that the number is more than a count."""
     return found.verdict is Verdict.WRONG and math.isfinite(found.expected) and found.uncertainty < _KINK
+
+
+def _seen_closer(line: Line, found: Derivative) -> Verdict:
+    """Returns STAIRCASE where the live code jumps nearby, and has the program's slope up to there though not beyond.
+
+    Without values to tell, because time is up, a derivative is unmeasured and not wrong.
+    """
+    doubtful = (Verdict.WRONG, Verdict.UNMEASURED, Verdict.JUMP, Verdict.KINK)
+    if found.verdict not in doubtful or not (math.isfinite(found.got) and math.isfinite(found.expected)):
+        return found.verdict
+    sides = _wide_sides(line)
+    room = max(line.left, line.right)
+    jump = nearby_jump(line.function, found.got, sides[-1] * room * _STEPS)
+    near = local_slope(line.function, room, sides) if jump > 0 else None
+    if math.isnan(jump) or (jump and near is None):
+        return Verdict.UNMEASURED
+    if near is None or near.uncertainty > abs(found.got - found.expected) / 10:
+        return found.verdict
+    scale = max(abs(found.got), abs(near.value), NEGLIGIBLE)
+    agrees = abs(found.got - near.value) <= TOLERANCE * scale + 4 * near.uncertainty
+    return Verdict.STAIRCASE if agrees else found.verdict
+
+
+def _wide_sides(line: Line) -> list[int]:
+    return [s for s, room in ((-1, line.left), (1, line.right)) if room >= _UNEQUAL * max(line.left, line.right)]
 
 
 def _judge_smooth(line: Line, got: float) -> Derivative:
@@ -153,7 +191,7 @@ def _judge_kink(line: Line, got: float, left: Slope, right: Slope) -> Derivative
 
 
 def _judge_noisy(line: Line, got: float) -> Derivative:
-    sides = [side for side, room in ((-1, line.left), (1, line.right)) if room >= _UNEQUAL * max(line.left, line.right)]
+    sides = _wide_sides(line)
     room = min(room for room in (line.left, line.right) if room > 0)
     slope = noisy_slope(line.function, room, sides, line.rounding)
     if slope is None:

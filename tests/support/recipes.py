@@ -118,5 +118,8 @@ RECIPES = {
         train_step=step_with_scaled_loss,
     ),
     "pytorch_optimizer.ScheduleFreeWrapper": Recipe(make=schedule_free),
+    "pytorch_optimizer.SpectralSphere": Recipe(
+        shapes=((3, 2),), steps=3
+    ),  # a search of a hundred halvings in each step
     "pytorch_optimizer.WSAM": Recipe(make=weighted_sam, train_step=step_with_second_gradient),
 }
