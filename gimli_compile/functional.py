@@ -10,7 +10,6 @@ import torch
 
 from gimli_compile.argument_checks import (
     check_callable,
-    check_constants,
     check_functions,
     check_method,
     check_model,
@@ -24,6 +23,7 @@ from gimli_compile.argument_checks import (
 )
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.hyper_values import hyper_values
+from gimli_compile.loop_steps import LoopSteps, whole_step_error
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import MethodView, OptimizerView
@@ -36,13 +36,15 @@ from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows
 from gimli_compile.schedulers import Schedulers, check_schedulers
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
+from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
+from gimli_compile.tasks import Loop, Tasks
 from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
-from gimli_compile.unrolling import Loop, Tasks, unroll_steps
+from gimli_compile.unrolling import check_loop_options, unroll_steps
 from gimli_compile.update_table import UpdateTable
 from gimli_compile.update_values import UpdateInputs
 
@@ -129,6 +131,7 @@ class Functional:
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
         self._stepper = self._make_stepper()
+        self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
         if self.train_step is not None:
@@ -302,26 +305,23 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist.
         """
+        check_loop_options(backward, order, truncate)
+        if backward == "mixed" and self._adjoint is None:
+            raise whole_step_error()
         values = self._hyper_values(hyper, tasks)
-
-        model_key = self._model_view.signature()
-        checked: list[bool] = []
-
-        def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
-            if not checked:  # later states are made here
-                self._check_step(now)
-                checked.append(True)
-            made = self._stepper.step(StepInputs(now, batch, hyper, meta, order, draws, model_key))
-            if checkpoint is not None:
-                check_constants(self._stepper.constants())
-            return made
-
+        steps = LoopSteps(
+            self._stepper,
+            self._adjoint,
+            self._check_step,
+            order=order,
+            model_key=self._model_view.signature(),
+            recomputes=checkpoint is not None or backward != "reverse",
+        )
         return unroll_steps(
-            step,
+            steps,
             Loop(state, batches, values, meta),
             backward=backward,
             checkpoint=checkpoint,
-            order=order,
             truncate=truncate,
             tasks=tasks,
         )

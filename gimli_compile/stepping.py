@@ -39,6 +39,10 @@ class SplitStepper:
 
     def step(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor]:
         """Returns the new state and the loss before the step."""
+        return self.step_with_gradient(inputs)[:2]
+
+    def step_with_gradient(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor, dict[str, Any]]:
+        """Returns the new state, the loss before the step, and its gradient by parameter name."""
         state = inputs.state
         draws = {} if inputs.draws is None else inputs.draws
         loss, grads, buffers = self.losses.gradient(
@@ -51,7 +55,7 @@ class SplitStepper:
             model_key=inputs.model_key,
         )
         params, opt_state = self.updates.run(UpdateInputs(state.params, grads, state.opt_state, inputs.hyper, draws))
-        return TrainState(params, buffers, opt_state), loss
+        return TrainState(params, buffers, opt_state), loss, grads
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured programs hold."""
