@@ -11,6 +11,7 @@ import torch
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.gradient_flow import FlowGraph
 from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
+from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
 from gimli_compile.passes.liveness import eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
@@ -52,6 +53,27 @@ class Gradient:
         if self._first_order is None:
             self._first_order = first_order(self.exact)
         return self._first_order
+
+    @cached_property
+    def used_buffers(self) -> frozenset[str]:
+        """The names of the buffers in which the loss or its gradient has a derivative; found on fake tensors."""
+        program = self.exact
+        leaves: dict[str, torch.Tensor] = {}
+        values = []
+        with outside_transforms(), FAKE, torch.enable_grad():
+            for slot, node in zip(program.inputs, program.placeholders, strict=True):
+                value = node.meta["val"]
+                if slot.role is Role.BUFFER and value.is_floating_point():
+                    value = leaves[slot.path] = value.detach().requires_grad_()
+                values.append(value)
+            made = zip(program.results, program.function(*values), strict=True)
+            outs = [out for slot, out in made if slot.role in (Role.LOSS, Role.GRAD) and out.requires_grad]
+            if not outs:
+                return frozenset()
+            grads = torch.autograd.grad(
+                outs, list(leaves.values()), list(map(torch.ones_like, outs)), allow_unused=True
+            )
+        return frozenset(name for name, grad in zip(leaves, grads, strict=True) if grad is not None)
 
 
 class LossTable:
@@ -138,6 +160,10 @@ class LossTable:
             if gradient.captured.held(results):
                 return {slot: results.get(slot, value) for slot, value in values.items() if slot.role is Role.BUFFER}
         raise _unsettled(self.title)
+
+    def used_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers in which any captured loss, or its gradient, has a derivative."""
+        return frozenset().union(*(gradient.used_buffers for gradient in self.all_gradients))
 
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from one step to the next, in any captured loss."""

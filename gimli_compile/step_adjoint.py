@@ -74,7 +74,8 @@ class StepAdjoint:
         self, inputs: StepInputs, along: Values, of_loss: torch.Tensor | None, wanted: Collection[Slot]
     ) -> dict[Slot, torch.Tensor]:
         """Returns what the adjoints of the inner gradient, and of the loss itself, are in the inputs of the loss."""
-        slots = tuple(slot for slot in values_of_loss(inputs.state, inputs.batch, inputs.meta) if slot in wanted)
+        found = values_of_loss(inputs.state, inputs.batch, inputs.meta)
+        slots = tuple(slot for slot in found if slot in wanted and self._is_used(slot))
         if not slots or (not along and of_loss is None):
             return {}
         trained = tuple(Slot(Role.PARAM, name) for name in self.stepper.trained)
@@ -91,6 +92,9 @@ class StepAdjoint:
         if of_loss is not None:
             parts.append({slot: value * of_loss for slot, value in gradient.items()})
         return {slot: value for slot, value in added(*parts).items() if slot in slots}
+
+    def _is_used(self, slot: Slot) -> bool:
+        return slot.role is not Role.BUFFER or slot.path in self.stepper.losses.used_buffers()
 
     def _through_buffers(self, inputs: StepInputs, seeds: Values, wanted: Collection[Slot]) -> dict[Slot, torch.Tensor]:
         """Returns the adjoints of what new buffers depend on, in reverse: only the part that makes them runs."""

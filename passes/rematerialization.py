@@ -82,7 +82,7 @@ def _choose_cuts(forward: Sequence[fx.Node], crossing: Sequence[int], blocks: in
     before = [0]
     for size in sizes:
         before.append(before[-1] + size)
-    places = [-1, *_low_places(crossing), len(forward) - 1]
+    places = [-1, *_low_places(crossing, sizes), len(forward) - 1]
     cost = {-1: 0.0}
     last: dict[int, int] = {}
     for index, end in enumerate(places[1:], 1):
@@ -97,10 +97,10 @@ def _choose_cuts(forward: Sequence[fx.Node], crossing: Sequence[int], blocks: in
     return cuts[::-1]
 
 
-def _low_places(crossing: Sequence[int]) -> list[int]:
-    """Returns the places where no fewer bytes cross on either side: the only ones worth a cut."""
+def _low_places(crossing: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Returns the places worth a cut: after a call that makes something, no fewer bytes cross on either side."""
     inner = range(1, len(crossing) - 1)
-    return [i for i in inner if crossing[i - 1] >= crossing[i] <= crossing[i + 1] and crossing[i] != crossing[i - 1]]
+    return [i for i in inner if sizes[i] and crossing[i - 1] >= crossing[i] <= crossing[i + 1]]
 
 
 def _rebuilt(program: Program, forward: Sequence[fx.Node], cuts: Sequence[int]) -> Program:
