@@ -305,7 +305,7 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist.
         """
-        check_loop_options(backward, order, truncate)
+        check_loop_options(backward, checkpoint, order, truncate)
         if backward == "mixed" and self._adjoint is None:
             raise whole_step_error()
         values = self._hyper_values(hyper, tasks)

@@ -23,8 +23,11 @@ class Recipe(Protocol):
 
     name: str
 
-    def forward(self, inputs: Any) -> tuple[Any, Any]:
-        """Returns the results, and a pytree of what to keep for the backward pass."""
+    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
+        """Returns the results, and a pytree of what to keep for the backward pass.
+
+        `needed` tells of every leaf of the inputs whether its adjoint will be.
+        """
         ...
 
     def backward(self, inputs: Any, kept: Any, grads: Any, needed: Sequence[bool]) -> Sequence[Tensor | None]:
@@ -60,6 +63,10 @@ class _Call:
         self.structure = structure
         self.form: list[tuple[Any, int | None]] = []
         self.made: Any = None
+        self.is_recorded = torch.is_grad_enabled()
+
+    def needed(self, needs: Sequence[bool]) -> list[bool]:
+        return [self.is_recorded and place is not None and needs[place] for place in self.places]
 
     def inputs(self, tensors: Sequence[Tensor]) -> Any:
         pairs = zip(self.others, self.places, strict=True)
@@ -88,7 +95,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        made, kept = call.recipe.forward(call.inputs(tensors))
+        made, kept = call.recipe.forward(call.inputs(tensors), call.needed(ctx.needs_input_grad[1:]))
         results = call.results(made, tensors)
         leaves, ctx.kept_structure = pytree.tree_flatten(kept)
         saved, ctx.kept_places = distinct([*tensors, *leaves])
@@ -106,8 +113,7 @@ class _Node(torch.autograd.Function):
         tensors = saved[: ctx.count]
         pairs = zip(ctx.kept_others, ctx.kept_places, strict=True)
         kept = pytree.tree_unflatten([leaf if p is None else saved[p] for leaf, p in pairs], ctx.kept_structure)
-        needs = ctx.needs_input_grad[1:]
-        needed = [place is not None and needs[place] for place in call.places]
+        needed = call.needed(ctx.needs_input_grad[1:])
         with torch.no_grad():
             found = call.recipe.backward(call.inputs(tensors), kept, call.grads(grads), needed)
         total: list[Tensor | None] = [None] * ctx.count

@@ -14,6 +14,7 @@ from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
 from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
+from gimli_compile.tangents import push_step
 
 Draws = dict[Any, Any] | None
 
@@ -82,6 +83,16 @@ class LoopSteps:
         if self.adjoint is None:
             raise whole_step_error()
         return self.adjoint.carry_back(self._inputs(state, batch, hyper, meta, draws), grads, seeds, wanted)
+
+    def push_forward(
+        self, state: TrainState, batch: Any, hyper: Any, meta: Any, draws: Draws, tangents: Values
+    ) -> dict[int, torch.Tensor]:
+        """Returns the tangents of the new state and the loss by the place of the leaf: see `push_step`."""
+
+        def step(state: TrainState, batch: Any, hyper: Any, meta: Any) -> Any:
+            return self.stepper.step(self._inputs(state, batch, hyper, meta, draws))
+
+        return push_step(step, (state, batch, hyper, meta), tangents, self.stepper.programs)
 
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from step to step."""

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from gimli_compile.loop_labels import labels_of, state_slots
 from gimli_compile.loop_node import run_as_node
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
-from gimli_compile.step_adjoint import LOSS, state_slots
+from gimli_compile.step_adjoint import LOSS
 from gimli_compile.tasks import Loop, TaskSteps
-from gimli_compile.tree_slots import tree_slots
 
 Tensor = torch.Tensor
-Label = tuple[int | None, Slot]  # the step, for what every step has of its own, and the slot
 _OF_STATE = (Role.PARAM, Role.BUFFER, Role.STATE)
 
 
@@ -38,7 +36,7 @@ class MixedMode:
         self.steps = steps
         self.length = length
 
-    def forward(self, inputs: Any) -> tuple[Any, Any]:
+    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
         """Returns the last state with the losses; keeps the state before each segment, the draws, inner gradients."""
         state, batches, hyper, meta = inputs
         losses, kept = [], []
@@ -48,7 +46,8 @@ class MixedMode:
                 draws.append({})
                 state, loss, grads = self.steps.step_with_gradient(state, batch, hyper, meta, draws[-1])
                 losses.append(loss)
-            kept.append((before, draws, grads if self.length == 1 else None))
+            if any(needed):
+                kept.append((before, draws, grads if self.length == 1 else None))
         return (state, losses), kept
 
     def backward(self, inputs: Any, kept: Any, grads: Any, needed: Sequence[bool]) -> list[Tensor | None]:
@@ -114,18 +113,3 @@ class _Carrier:
         """Returns the adjoints of all inputs."""
         found = {**self.totals, **{(None, slot): value for slot, value in self.seeds.items()}}
         return [found.get(label) for label in self.labels]
-
-
-def labels_of(inputs: Any) -> list[Label | None]:
-    """Returns for each leaf of a loop's inputs what it is; None for what is no tensor."""
-    state, batches, hyper, meta = inputs
-    found: list[Label | None] = [(None, slot) for slot in state_slots(state)]
-    for index, batch in enumerate(batches):
-        found += _labels(batch, Role.BATCH, index)
-    found += [(None, Slot(Role.HYPER, path)) for path in hyper]
-    return found + _labels(meta, Role.META, None)
-
-
-def _labels(tree: Any, role: Role, step: int | None) -> list[Label | None]:
-    slots = iter(tree_slots(role, tree))
-    return [(step, next(slots)) if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(tree)]

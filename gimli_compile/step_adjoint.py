@@ -12,7 +12,7 @@ from gimli_compile.loss_table import values_of_loss
 from gimli_compile.pulling_back import Values, added, pull_back
 from gimli_compile.row_gradients import by_slot, from_slots
 from gimli_compile.slot import Role, Slot
-from gimli_compile.state import OptState, TrainState
+from gimli_compile.state import OptState
 from gimli_compile.stepping import SplitStepper, StepInputs
 from gimli_compile.update_values import UpdateInputs
 
@@ -110,13 +110,6 @@ class StepAdjoint:
 
         values = values_of_loss(*data)
         return pull_back(buffers, values, [slot for slot in values if slot in wanted], of_buffers)
-
-
-def state_slots(state: TrainState) -> dict[Slot, torch.Tensor]:
-    """Returns the tensors of a state by slot."""
-    found = {Slot(Role.PARAM, name): value for name, value in state.params.items()}
-    found.update({Slot(Role.BUFFER, name): value for name, value in state.buffers.items()})
-    return {**found, **{Slot(Role.STATE, path): value for path, value in state.opt_state.items()}}
 
 
 def _by_role(values: Values) -> dict[Role, dict[str, torch.Tensor]]:

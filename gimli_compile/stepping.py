@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
+from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.update_table import UpdateTable, assemble
@@ -57,6 +58,11 @@ class SplitStepper:
         params, opt_state = self.updates.run(UpdateInputs(state.params, grads, state.opt_state, inputs.hyper, draws))
         return TrainState(params, buffers, opt_state), loss, grads
 
+    def programs(self) -> list[Program]:
+        """Returns the captured programs."""
+        losses = [gradient.exact for gradient in self.losses.all_gradients]
+        return losses + [variant.program for variant in self.updates.variants]
+
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured programs hold."""
         return [*self.losses.constants(), *self.updates.constants()]
@@ -80,6 +86,10 @@ class WholeStepper:
         params, opt_state = assemble(given, variant, results)
         assert variant.returned is not None
         return TrainState(params, new_buffers(state.buffers, results), opt_state), variant.returned.assemble(results)
+
+    def programs(self) -> list[Program]:
+        """Returns the captured steps."""
+        return [variant.program for variant in self.table.variants]
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured steps hold."""

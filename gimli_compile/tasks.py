@@ -100,6 +100,16 @@ class TaskSteps:
         found = torch.func.vmap(one, in_dims=dims)(state, batch, hyper, meta, given, grads, seeds)
         return {slot: value.sum(0) if slot.role in self._shared else value for slot, value in found.items()}
 
+    def push_forward(
+        self, state: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any, tangents: Values
+    ) -> dict[int, torch.Tensor]:
+        """Returns the tangents of the new states and the losses, which lead with direction and task."""
+        given = dict(draws or {})
+        along = {slot: None if slot.role in self._shared else 1 for slot in tangents}
+        dims = (*self._inner, dict.fromkeys(given, 0), along)
+        mapped = torch.func.vmap(self.steps.push_forward, in_dims=dims, out_dims=1)
+        return mapped(state, batch, hyper, meta, given, tangents)
+
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from step to step."""
         return self.steps.carried_buffers()

@@ -12,13 +12,14 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.forward_mode import unroll_forward
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.mixed_mode import unroll_mixed
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, Tasks, TaskSteps, lead_with_tasks
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
-BACKWARD = ("reverse", "mixed")
+BACKWARD = ("reverse", "mixed", "forward")
 
 
 def unroll_steps(
@@ -56,6 +57,10 @@ def _differentiated(
     """Takes the steps that are differentiated, in one of the ways through the backward pass."""
     if backward == "mixed":
         state, made = unroll_mixed(steps, loop, length or 1)
+        losses += made
+        return state
+    if backward == "forward":
+        state, made = unroll_forward(steps, loop)
         losses += made
         return state
     if length is None:
@@ -112,19 +117,28 @@ def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     raise InputError(f"checkpoint={checkpoint!r} is not an option. Use None, 'step', 'sqrt' or a positive int.")
 
 
-def check_loop_options(backward: str, order: int, truncate: int | None) -> None:
+def check_loop_options(backward: str, checkpoint: str | int | None, order: int, truncate: int | None) -> None:
     """Refuses options that `unroll` does not have, or not together."""
     if backward not in BACKWARD:
         raise InputError(f"backward={backward!r} is not an option. Use one of {', '.join(map(repr, BACKWARD))}.")
     if order not in (1, 2):
         raise InputError(f"order={order!r} is not an option. Use 2 (exact) or 1 (first-order).")
-    if order == 1 and backward != "reverse":
+    if order == 1 and backward == "mixed":
         raise InputError(
             compose_message(
-                f"order=1 with backward={backward!r}",
+                'order=1 with backward="mixed"',
                 None,
                 "First order takes the inner gradients as constants: there is no second derivative to save memory on.",
                 'Use `backward="reverse"`, or `order=2` for the exact gradient.',
+            )
+        )
+    if backward == "forward" and checkpoint is not None:
+        raise InputError(
+            compose_message(
+                f'checkpoint={checkpoint!r} with backward="forward"',
+                None,
+                "The forward mode keeps nothing of the steps: there is nothing to compute again.",
+                "Leave `checkpoint` out.",
             )
         )
     if truncate is not None and (not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1):
