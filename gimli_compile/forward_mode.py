@@ -34,7 +34,7 @@ class ForwardMode:
     def __init__(self, steps: LoopSteps | TaskSteps) -> None:
         self.steps = steps
 
-    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
+    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any, Any]:
         """Returns the last state with the losses; keeps their tangents, by the place of the result."""
         state, batches, hyper, meta = inputs
         tangents = _basis(inputs, needed)
@@ -48,7 +48,8 @@ class ForwardMode:
             state = after
             losses.append(loss)
         of_state = {i: tangents[None, slot] for i, slot in enumerate(state_slots(state)) if (None, slot) in tangents}
-        return (state, losses), (of_state, of_losses)
+        constant = [value for i, value in enumerate(state_slots(state).values()) if i not in of_state]
+        return (state, losses), (of_state, of_losses), constant
 
     def backward(self, inputs: Any, kept: Any, grads: Any, needed: Sequence[bool]) -> list[Tensor | None]:
         """Contracts the adjoints of the results with the tangents."""

@@ -23,7 +23,8 @@ from gimli_compile.argument_checks import (
 )
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.hyper_values import hyper_values
-from gimli_compile.loop_steps import LoopSteps, whole_step_error
+from gimli_compile.implicit_mode import Implicit
+from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import MethodView, OptimizerView
@@ -281,6 +282,7 @@ class Functional:
         order: int = 2,
         truncate: int | None = None,
         tasks: Tasks = False,
+        implicit: Implicit | None = None,
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
 
@@ -289,25 +291,30 @@ class Functional:
             batches: a list (or iterator) of J batches, or a pytree of tensors with a leading dimension J.
             hyper: hyperparameters, the same in all steps; the live ones by default.
             meta: the third argument of the loss.
-            backward: "reverse": every step is differentiated by autograd, as Algorithm 1 of Gimli does.
+            backward: the way through the backward pass (docs/loops.md). "reverse": every step is differentiated by
+                autograd, as Algorithm 1 of Gimli does, to any order. "mixed": the same adjoint with the inner gradient
+                differentiated forward and in blocks, which keeps the states between steps and no activations.
+                "forward": tangents, for few numbers to differentiate by; keeps nothing. "implicit": the gradient of
+                the fixed point that training ended at, no matter how; zero in where it started, and approximate as
+                far as training has not converged. All but "reverse" can be differentiated once.
             checkpoint: None keeps what every step computed; "step" or an int k keeps the states of every (k-th) step
-                and computes the steps again in the backward pass; "sqrt" takes k near the root of J.
+                and computes the steps again in the backward pass; "sqrt" takes k near the root of J. With "mixed",
+                None is "step".
             order: 2 is exact; 1 takes the inner gradients as constants (first-order MAML).
             truncate: differentiates the last k steps only (truncated backpropagation; Shaban et al. 2019).
             tasks: True runs many tasks at once: batches lead with (task, step), a list of batches with task; state,
                 hyper and meta are shared; results lead with task. A tuple says which dimension of state, batches,
                 hyper and meta is the task's, in the terms of `torch.func.vmap` (None: shared;
                 shared batches lead with step).
+            implicit: how the implicit gradient is solved for: see `gimli_compile.Implicit`.
 
         Returns:
             The last state, and the losses before each step (J).
 
         Raises:
-            InputError: no steps, leading dimensions that differ, or an option that does not exist.
+            InputError: no steps, leading dimensions that differ, or an option that does not exist or fit.
         """
-        check_loop_options(backward, checkpoint, order, truncate)
-        if backward == "mixed" and self._adjoint is None:
-            raise whole_step_error()
+        check_loop_options(backward, checkpoint, order, truncate, implicit)
         values = self._hyper_values(hyper, tasks)
         steps = LoopSteps(
             self._stepper,
@@ -316,6 +323,7 @@ class Functional:
             order=order,
             model_key=self._model_view.signature(),
             recomputes=checkpoint is not None or backward != "reverse",
+            trained=self._trained,
         )
         return unroll_steps(
             steps,
@@ -324,6 +332,7 @@ class Functional:
             checkpoint=checkpoint,
             truncate=truncate,
             tasks=tasks,
+            implicit=implicit,
         )
 
     # ------------------------------------------------------------------ looking and writing back

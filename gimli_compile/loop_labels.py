@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ def labels_of(inputs: Any) -> list[Label | None]:
         found += _labels(batch, Role.BATCH, index)
     found += [(None, Slot(Role.HYPER, path)) for path in hyper]
     return found + _labels(meta, Role.META, None)
+
+
+def settled_buffers(
+    inputs: Any, needed: Sequence[bool], state: TrainState, carried: Collection[str]
+) -> list[torch.Tensor]:
+    """Returns the buffers of a loop's last state that depend on nothing that is differentiated."""
+    asked = {label for label, is_needed in zip(labels_of(inputs), needed, strict=True) if is_needed}
+    kept = (name for name in state.buffers if name not in carried and (None, Slot(Role.BUFFER, name)) not in asked)
+    return [state.buffers[name] for name in kept]
 
 
 def _labels(tree: Any, role: Role, step: int | None) -> list[Label | None]:

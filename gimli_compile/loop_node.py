@@ -23,8 +23,8 @@ class Recipe(Protocol):
 
     name: str
 
-    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
-        """Returns the results, and a pytree of what to keep for the backward pass.
+    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any, Sequence[Tensor]]:
+        """Returns the results, a pytree of what to keep for the backward pass, and the results without a derivative.
 
         `needed` tells of every leaf of the inputs whether its adjoint will be.
         """
@@ -72,12 +72,14 @@ class _Call:
         pairs = zip(self.others, self.places, strict=True)
         return pytree.tree_unflatten([leaf if p is None else tensors[p] for leaf, p in pairs], self.structure)
 
-    def results(self, made: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def results(self, made: Any, tensors: Sequence[Tensor], constant: set[int]) -> tuple[list[Tensor], list[Tensor]]:
         leaves, self.made = pytree.tree_flatten(made)
         found, places = distinct(leaves)
         self.form = [(None if p is not None else leaf, p) for leaf, p in zip(leaves, places, strict=True)]
         given = {id(tensor) for tensor in tensors}
-        return [result.clone() if id(result) in given else result for result in found]
+        results = [result.clone() if id(result) in given else result for result in found]
+        pairs = zip(found, results, strict=True)
+        return results, [own for of, own in pairs if id(of) in constant or not of.is_floating_point()]
 
     def grads(self, grads: Sequence[Tensor | None]) -> Any:
         """Returns the adjoints in the structure of the results; of a tensor that occurs twice, at its first place."""
@@ -95,15 +97,15 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        made, kept = call.recipe.forward(call.inputs(tensors), call.needed(ctx.needs_input_grad[1:]))
-        results = call.results(made, tensors)
+        made, kept, constant = call.recipe.forward(call.inputs(tensors), call.needed(ctx.needs_input_grad[1:]))
+        results, fixed = call.results(made, tensors, {id(tensor) for tensor in constant})
         leaves, ctx.kept_structure = pytree.tree_flatten(kept)
         saved, ctx.kept_places = distinct([*tensors, *leaves])
         ctx.kept_others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.kept_places = ctx.kept_places[len(tensors) :]
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*saved)
-        ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
+        ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
         return tuple(results)
 

@@ -23,7 +23,10 @@ class LoopSteps:
     """Takes steps under the options of one loop. `check` looks at the first state; later ones are made here.
 
     `recomputes` says that steps are computed again from their arguments, so that nothing else may be differentiated.
+    `trained` are the parameters that the steps train.
     """
+
+    task_dims = 0
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class LoopSteps:
         order: int,
         model_key: Any,
         recomputes: bool,
+        trained: Collection[str],
     ) -> None:
         self.stepper = stepper
         self.adjoint = adjoint
@@ -41,6 +45,7 @@ class LoopSteps:
         self.order = order
         self.model_key = model_key
         self.recomputes = recomputes
+        self.trained = trained
         self._is_checked = False
 
     def step(self, state: TrainState, batch: Any, hyper: Any, meta: Any, draws: Draws) -> tuple[TrainState, Any]:
@@ -51,7 +56,8 @@ class LoopSteps:
         self, state: TrainState, batch: Any, hyper: Any, meta: Any, draws: Draws
     ) -> tuple[TrainState, Any, dict[str, Any]]:
         """Returns the new state, the loss before the step, and what there is of its gradient by parameter name."""
-        assert isinstance(self.stepper, SplitStepper)
+        if isinstance(self.stepper, WholeStepper):
+            raise _whole_step_error()
         new, loss, grads = self._checked(self.stepper.step_with_gradient, state, batch, hyper, meta, draws)
         return new, loss, {name: grad for name, grad in grads.items() if grad is not None}
 
@@ -80,8 +86,7 @@ class LoopSteps:
         wanted: Collection[Slot],
     ) -> dict[Slot, torch.Tensor]:
         """Returns the adjoints of what a step starts from: see `StepAdjoint.carry_back`."""
-        if self.adjoint is None:
-            raise whole_step_error()
+        assert self.adjoint is not None
         return self.adjoint.carry_back(self._inputs(state, batch, hyper, meta, draws), grads, seeds, wanted)
 
     def push_forward(
@@ -96,17 +101,10 @@ class LoopSteps:
 
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from step to step."""
-        assert isinstance(self.stepper, SplitStepper)
-        return self.stepper.losses.carried_buffers()
-
-    def trained(self) -> Collection[str]:
-        """Returns the names of the parameters that the steps train."""
-        assert isinstance(self.stepper, SplitStepper)
-        return self.stepper.trained
+        return self.stepper.carried_buffers()
 
 
-def whole_step_error() -> InputError:
-    """Returns the error for a way through the backward pass that needs the loss and the update apart."""
+def _whole_step_error() -> InputError:
     return InputError(
         compose_message(
             'backward="mixed" needs the loss and the update as two programs, and this step is one',

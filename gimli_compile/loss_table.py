@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.gradient_flow import FlowGraph
+from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
 from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
@@ -40,11 +40,7 @@ class Gradient:
     @cached_property
     def carried_buffers(self) -> frozenset[str]:
         """The names of the buffers whose new values have derivatives in what the loss is computed from."""
-        flows = FlowGraph({"buffers": self.buffers})
-        made = [slot for slot in self.buffers.results if slot.role is Role.BUFFER]
-        inputs = flows.inputs(Role.PARAM, Role.BATCH, Role.META)
-        smooth = {s.path for s in made if any(f.is_differentiable for f in flows.flows(inputs, [s]).values())}
-        return frozenset(smooth)
+        return carried_buffers(self.buffers)
 
     def program(self, order: int) -> Program:
         """Returns the program of this order."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gimli_compile.loop_labels import labels_of, state_slots
+from gimli_compile.loop_labels import labels_of, settled_buffers, state_slots
 from gimli_compile.loop_node import run_as_node
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.slot import Role, Slot
@@ -36,7 +36,7 @@ class MixedMode:
         self.steps = steps
         self.length = length
 
-    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
+    def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any, Any]:
         """Returns the last state with the losses; keeps the state before each segment, the draws, inner gradients."""
         state, batches, hyper, meta = inputs
         losses, kept = [], []
@@ -48,7 +48,7 @@ class MixedMode:
                 losses.append(loss)
             if any(needed):
                 kept.append((before, draws, grads if self.length == 1 else None))
-        return (state, losses), kept
+        return (state, losses), kept, settled_buffers(inputs, needed, state, self.steps.carried_buffers())
 
     def backward(self, inputs: Any, kept: Any, grads: Any, needed: Sequence[bool]) -> list[Tensor | None]:
         """Returns the adjoints of the inputs."""
@@ -86,7 +86,7 @@ class _Carrier:
         pairs = zip(self.labels, needed, strict=True)
         self.needed = {label for label, is_needed in pairs if label is not None and is_needed}
         self.totals: dict[Any, Tensor] = {}
-        self.varying = {Role.PARAM: steps.trained(), Role.BUFFER: steps.carried_buffers()}
+        self.varying = {Role.PARAM: steps.trained, Role.BUFFER: steps.carried_buffers()}
 
     def _is_carried(self, slot: Slot) -> bool:
         """Tells whether a part of the state has an adjoint between steps: what steps change, or started from."""

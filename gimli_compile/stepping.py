@@ -58,6 +58,10 @@ class SplitStepper:
         params, opt_state = self.updates.run(UpdateInputs(state.params, grads, state.opt_state, inputs.hyper, draws))
         return TrainState(params, buffers, opt_state), loss, grads
 
+    def carried_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers that carry derivatives from one step to the next."""
+        return self.losses.carried_buffers()
+
     def programs(self) -> list[Program]:
         """Returns the captured programs."""
         losses = [gradient.exact for gradient in self.losses.all_gradients]
@@ -86,6 +90,10 @@ class WholeStepper:
         params, opt_state = assemble(given, variant, results)
         assert variant.returned is not None
         return TrainState(params, new_buffers(state.buffers, results), opt_state), variant.returned.assemble(results)
+
+    def carried_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers that carry derivatives from one step to the next."""
+        return frozenset().union(*(variant.carried_buffers for variant in self.table.variants))
 
     def programs(self) -> list[Program]:
         """Returns the captured steps."""

@@ -43,8 +43,11 @@ class TaskSteps:
     The loop is outermost, so that a segment can be computed again as a whole.
     """
 
+    task_dims = 1
+
     def __init__(self, steps: LoopSteps, dims: tuple[int | None, ...]) -> None:
         self.steps = steps
+        self.trained = steps.trained
         self._inner = [0, *(None if dim is None else 0 for dim in dims[1:])]
         shared = zip((Role.BATCH, Role.HYPER, Role.META), dims[1:], strict=True)
         self._shared = {role for role, dim in shared if dim is None}
@@ -113,10 +116,6 @@ class TaskSteps:
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from step to step."""
         return self.steps.carried_buffers()
-
-    def trained(self) -> Collection[str]:
-        """Returns the names of the parameters that the steps train."""
-        return self.steps.trained()
 
 
 def _lead(tree: Any, dim: int | None) -> Any:

@@ -13,13 +13,14 @@ from torch.utils import _pytree as pytree
 from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.forward_mode import unroll_forward
+from gimli_compile.implicit_mode import Implicit, unroll_implicit
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.mixed_mode import unroll_mixed
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, Tasks, TaskSteps, lead_with_tasks
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
-BACKWARD = ("reverse", "mixed", "forward")
+BACKWARD = ("reverse", "mixed", "forward", "implicit")
 
 
 def unroll_steps(
@@ -30,6 +31,7 @@ def unroll_steps(
     checkpoint: str | int | None,
     truncate: int | None,
     tasks: Tasks,
+    implicit: Implicit | None,
 ) -> tuple[TrainState, torch.Tensor]:
     """Takes the steps over the batches: see `Functional.unroll`."""
     if isinstance(loop.batches, Iterator):
@@ -47,12 +49,17 @@ def unroll_steps(
             state = _run(taken.step, loop, batches[:cut], losses)
         loop = replace(loop, state=pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state))
     loop = replace(loop, batches=batches[cut:])
-    state = _differentiated(taken, loop, segment_length(checkpoint, len(batches)), backward, losses)
+    state = _differentiated(taken, loop, segment_length(checkpoint, len(batches)), backward, implicit, losses)
     return state, _stacked(losses)
 
 
 def _differentiated(
-    steps: LoopSteps | TaskSteps, loop: Loop, length: int | None, backward: str, losses: list[Any]
+    steps: LoopSteps | TaskSteps,
+    loop: Loop,
+    length: int | None,
+    backward: str,
+    implicit: Implicit | None,
+    losses: list[Any],
 ) -> TrainState:
     """Takes the steps that are differentiated, in one of the ways through the backward pass."""
     if backward == "mixed":
@@ -61,6 +68,10 @@ def _differentiated(
         return state
     if backward == "forward":
         state, made = unroll_forward(steps, loop)
+        losses += made
+        return state
+    if backward == "implicit":
+        state, made = unroll_implicit(steps, loop, implicit or Implicit())
         losses += made
         return state
     if length is None:
@@ -117,27 +128,31 @@ def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     raise InputError(f"checkpoint={checkpoint!r} is not an option. Use None, 'step', 'sqrt' or a positive int.")
 
 
-def check_loop_options(backward: str, checkpoint: str | int | None, order: int, truncate: int | None) -> None:
+def check_loop_options(
+    backward: str, checkpoint: str | int | None, order: int, truncate: int | None, implicit: Implicit | None
+) -> None:
     """Refuses options that `unroll` does not have, or not together."""
     if backward not in BACKWARD:
         raise InputError(f"backward={backward!r} is not an option. Use one of {', '.join(map(repr, BACKWARD))}.")
     if order not in (1, 2):
         raise InputError(f"order={order!r} is not an option. Use 2 (exact) or 1 (first-order).")
-    if order == 1 and backward == "mixed":
+    if implicit is not None and backward != "implicit":
+        raise InputError(f'implicit={implicit} is an option of backward="implicit", and backward is {backward!r}.')
+    if order == 1 and backward in ("mixed", "implicit"):
         raise InputError(
             compose_message(
-                'order=1 with backward="mixed"',
+                f"order=1 with backward={backward!r}",
                 None,
                 "First order takes the inner gradients as constants: there is no second derivative to save memory on.",
                 'Use `backward="reverse"`, or `order=2` for the exact gradient.',
             )
         )
-    if backward == "forward" and checkpoint is not None:
+    if backward in ("forward", "implicit") and checkpoint is not None:
         raise InputError(
             compose_message(
-                f'checkpoint={checkpoint!r} with backward="forward"',
+                f"checkpoint={checkpoint!r} with backward={backward!r}",
                 None,
-                "The forward mode keeps nothing of the steps: there is nothing to compute again.",
+                "It keeps nothing of the steps: there is nothing to compute again.",
                 "Leave `checkpoint` out.",
             )
         )
