@@ -24,6 +24,8 @@ from gimli_compile.argument_checks import (
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
+from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
@@ -45,7 +47,7 @@ from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
 from gimli_compile.tasks import Loop, Tasks
 from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
-from gimli_compile.unrolling import check_loop_options, unroll_steps
+from gimli_compile.unrolling import unroll_steps
 from gimli_compile.update_table import UpdateTable
 from gimli_compile.update_values import UpdateInputs
 
@@ -132,6 +134,7 @@ class Functional:
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
         self._stepper = self._make_stepper()
+        self.last_plan: Plan | None = None
         self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
@@ -283,6 +286,7 @@ class Functional:
         truncate: int | None = None,
         tasks: Tasks = False,
         implicit: Implicit | None = None,
+        memory: str | int | None = None,
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
 
@@ -294,9 +298,9 @@ class Functional:
             backward: the way through the backward pass (docs/loops.md). "reverse": every step is differentiated by
                 autograd, as Algorithm 1 of Gimli does, to any order. "mixed": the same adjoint with the inner gradient
                 differentiated forward and in blocks, which keeps the states between steps and no activations.
-                "forward": tangents, for few numbers to differentiate by; keeps nothing. "implicit": the gradient of
-                the fixed point that training ended at, no matter how; zero in where it started, and approximate as
-                far as training has not converged. All but "reverse" can be differentiated once.
+                "forward": tangents, for few numbers; keeps nothing. "implicit": the gradient of the fixed point that
+                training ended at, zero in where it started. "auto": the fastest exact one that fits into `memory`,
+                then `fn.last_plan`. All but "reverse" can be differentiated once.
             checkpoint: None keeps what every step computed; "step" or an int k keeps the states of every (k-th) step
                 and computes the steps again in the backward pass; "sqrt" takes k near the root of J. With "mixed",
                 None is "step".
@@ -307,6 +311,7 @@ class Functional:
                 hyper and meta is the task's, in the terms of `torch.func.vmap` (None: shared;
                 shared batches lead with step).
             implicit: how the implicit gradient is solved for: see `gimli_compile.Implicit`.
+            memory: for "auto", bytes or a text such as "2GiB".
 
         Returns:
             The last state, and the losses before each step (J).
@@ -314,7 +319,7 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist or fit.
         """
-        check_loop_options(backward, checkpoint, order, truncate, implicit)
+        options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
         values = self._hyper_values(hyper, tasks)
         steps = LoopSteps(
             self._stepper,
@@ -322,18 +327,12 @@ class Functional:
             self._check_step,
             order=order,
             model_key=self._model_view.signature(),
-            recomputes=checkpoint is not None or backward != "reverse",
+            recomputes=options.recomputes,
             trained=self._trained,
         )
-        return unroll_steps(
-            steps,
-            Loop(state, batches, values, meta),
-            backward=backward,
-            checkpoint=checkpoint,
-            truncate=truncate,
-            tasks=tasks,
-            implicit=implicit,
-        )
+        made = unroll_steps(steps, Loop(state, batches, values, meta), options)
+        self.last_plan = steps.plan
+        return made
 
     # ------------------------------------------------------------------ looking and writing back
 

@@ -46,6 +46,7 @@ class LoopSteps:
         self.model_key = model_key
         self.recomputes = recomputes
         self.trained = trained
+        self.plan: Any = None
         self._is_checked = False
 
     def step(self, state: TrainState, batch: Any, hyper: Any, meta: Any, draws: Draws) -> tuple[TrainState, Any]:

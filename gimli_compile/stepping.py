@@ -62,6 +62,10 @@ class SplitStepper:
         """Returns the names of the buffers that carry derivatives from one step to the next."""
         return self.losses.carried_buffers()
 
+    def latest_programs(self) -> list[Program]:
+        """Returns the programs that make up a step: those captured last."""
+        return [self.losses.all_gradients[-1].exact, self.updates.variants[-1].program]
+
     def programs(self) -> list[Program]:
         """Returns the captured programs."""
         losses = [gradient.exact for gradient in self.losses.all_gradients]
@@ -94,6 +98,10 @@ class WholeStepper:
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from one step to the next."""
         return frozenset().union(*(variant.carried_buffers for variant in self.table.variants))
+
+    def latest_programs(self) -> list[Program]:
+        """Returns the program of a step: the one captured last."""
+        return [self.table.variants[-1].program]
 
     def programs(self) -> list[Program]:
         """Returns the captured steps."""

@@ -14,74 +14,60 @@ from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.forward_mode import unroll_forward
 from gimli_compile.implicit_mode import Implicit, unroll_implicit
+from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_plan import bytes_of_text, choose_plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.mixed_mode import unroll_mixed
 from gimli_compile.state import TrainState
-from gimli_compile.tasks import Loop, Tasks, TaskSteps, lead_with_tasks
+from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
-BACKWARD = ("reverse", "mixed", "forward", "implicit")
 
 
-def unroll_steps(
-    steps: LoopSteps,
-    loop: Loop,
-    *,
-    backward: str,
-    checkpoint: str | int | None,
-    truncate: int | None,
-    tasks: Tasks,
-    implicit: Implicit | None,
-) -> tuple[TrainState, torch.Tensor]:
+def unroll_steps(steps: LoopSteps, loop: Loop, options: LoopOptions) -> tuple[TrainState, Any]:
     """Takes the steps over the batches: see `Functional.unroll`."""
     if isinstance(loop.batches, Iterator):
         loop = replace(loop, batches=list(loop.batches))
     step_dim, taken = 0, steps
-    if tasks is not False:
-        dims = (None, 0, None, None) if tasks is True else tasks
+    if options.tasks is not False:
+        dims = (None, 0, None, None) if options.tasks is True else options.tasks
         loop, taken = lead_with_tasks(loop, dims), TaskSteps(steps, dims)
         step_dim = 0 if dims[1] is None else 1  # the task leads, unless all tasks share the batches
     batches = split_batches(loop.batches, step_dim)
     losses: list[Any] = []
-    cut = 0 if truncate is None else max(0, len(batches) - truncate)
+    cut = 0 if options.truncate is None else max(0, len(batches) - options.truncate)
     if cut:
         with torch.no_grad():
             state = _run(taken.step, loop, batches[:cut], losses)
         loop = replace(loop, state=pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state))
     loop = replace(loop, batches=batches[cut:])
-    state = _differentiated(taken, loop, segment_length(checkpoint, len(batches)), backward, implicit, losses)
-    return state, _stacked(losses)
+    if options.backward == "auto":
+        steps.plan = plan = choose_plan(taken, loop, bytes_of_text(options.memory))
+        options = replace(options, backward=plan.backward, checkpoint=plan.checkpoint, memory=None)
+        steps.recomputes = options.recomputes
+    state, made = _differentiated(taken, loop, options, segment_length(options.checkpoint, len(batches)))
+    return state, _stacked(losses + made)
 
 
 def _differentiated(
-    steps: LoopSteps | TaskSteps,
-    loop: Loop,
-    length: int | None,
-    backward: str,
-    implicit: Implicit | None,
-    losses: list[Any],
-) -> TrainState:
+    steps: LoopSteps | TaskSteps, loop: Loop, options: LoopOptions, length: int | None
+) -> tuple[TrainState, list[Any]]:
     """Takes the steps that are differentiated, in one of the ways through the backward pass."""
-    if backward == "mixed":
-        state, made = unroll_mixed(steps, loop, length or 1)
-        losses += made
-        return state
-    if backward == "forward":
-        state, made = unroll_forward(steps, loop)
-        losses += made
-        return state
-    if backward == "implicit":
-        state, made = unroll_implicit(steps, loop, implicit or Implicit())
-        losses += made
-        return state
+    if options.backward == "mixed":
+        return unroll_mixed(steps, loop, length or 1)
+    if options.backward == "forward":
+        return unroll_forward(steps, loop)
+    if options.backward == "implicit":
+        return unroll_implicit(steps, loop, options.implicit or Implicit())
+    losses: list[Any] = []
     if length is None:
-        return _run(steps.step, loop, loop.batches, losses)
+        return _run(steps.step, loop, loop.batches, losses), losses
     state = loop.state
     for start in range(0, len(loop.batches), length):
         segment = loop.batches[start : start + length]
         state, made = checkpointed(_segment(steps.step), state, segment, loop.hyper, loop.meta)
         losses += made
-    return state
+    return state, losses
 
 
 def _stacked(losses: list[Any]) -> Any:
@@ -126,38 +112,6 @@ def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
         return checkpoint
     raise InputError(f"checkpoint={checkpoint!r} is not an option. Use None, 'step', 'sqrt' or a positive int.")
-
-
-def check_loop_options(
-    backward: str, checkpoint: str | int | None, order: int, truncate: int | None, implicit: Implicit | None
-) -> None:
-    """Refuses options that `unroll` does not have, or not together."""
-    if backward not in BACKWARD:
-        raise InputError(f"backward={backward!r} is not an option. Use one of {', '.join(map(repr, BACKWARD))}.")
-    if order not in (1, 2):
-        raise InputError(f"order={order!r} is not an option. Use 2 (exact) or 1 (first-order).")
-    if implicit is not None and backward != "implicit":
-        raise InputError(f'implicit={implicit} is an option of backward="implicit", and backward is {backward!r}.')
-    if order == 1 and backward in ("mixed", "implicit"):
-        raise InputError(
-            compose_message(
-                f"order=1 with backward={backward!r}",
-                None,
-                "First order takes the inner gradients as constants: there is no second derivative to save memory on.",
-                'Use `backward="reverse"`, or `order=2` for the exact gradient.',
-            )
-        )
-    if backward in ("forward", "implicit") and checkpoint is not None:
-        raise InputError(
-            compose_message(
-                f"checkpoint={checkpoint!r} with backward={backward!r}",
-                None,
-                "It keeps nothing of the steps: there is nothing to compute again.",
-                "Leave `checkpoint` out.",
-            )
-        )
-    if truncate is not None and (not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1):
-        raise InputError(f"truncate={truncate!r} is not an option. Use None or a positive number of steps.")
 
 
 def split_batches(batches: Any, dim: int = 0) -> list[Any]:
