@@ -301,9 +301,8 @@ class Functional:
                 "forward": tangents, for few numbers; keeps nothing. "implicit": the gradient of the fixed point that
                 training ended at, zero in where it started. "auto": the fastest exact one that fits into `memory`,
                 then `fn.last_plan`. All but "reverse" can be differentiated once.
-            checkpoint: None keeps what every step computed; "step" or an int k keeps the states of every (k-th) step
-                and computes the steps again in the backward pass; "sqrt" takes k near the root of J. With "mixed",
-                None is "step".
+            checkpoint: None keeps what every step computed; "step" (so does "mixed") or an int k keeps the states of
+                every (k-th) step and computes steps again in the backward pass; "sqrt" takes k near the root of J.
             order: 2 is exact; 1 takes the inner gradients as constants (first-order MAML).
             truncate: differentiates the last k steps only (truncated backpropagation; Shaban et al. 2019).
             tasks: True runs many tasks at once: batches lead with (task, step), a list of batches with task; state,

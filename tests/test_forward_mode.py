@@ -180,3 +180,22 @@ def test_checkpoints_are_refused():
     _, _, fn = PLAIN.functionalized()
     with pytest.raises(gimli.InputError, match="keep nothing of the steps"):
         fn.unroll(fn.init(), PLAIN.batches, backward="forward", checkpoint=2)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+def test_a_warm_state(optimizer):
+    training = with_optimizer(CASES["weighted"], OPTIMIZERS[optimizer])
+    _, _, fn = training.functionalized()
+    warm, _ = fn.unroll(fn.init(), training.batches[:2], None, training.meta)
+
+    def both(**options):
+        state = pytree.tree_map(lambda t: t.detach().clone(), warm)
+        rate = fn.hyperparameters()
+        leaves = [rate[0]["lr"], next(v for v in state.opt_state.values() if v.is_floating_point() and 0 < v.dim() < 2)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        torch.manual_seed(0)
+        last, losses = fn.unroll(state, training.batches[2:], rate, training.meta, **options)
+        return torch.autograd.grad(objective(last.params, losses), leaves)
+
+    for got, wanted in zip(both(backward="forward"), both(), strict=True):
+        assert relative_error(got, wanted) <= 1e-10
