@@ -2,6 +2,7 @@
 
 from gimli_compile.errors import BakedValueWarning, CaptureError, GimliError, InputError, ProgramError
 from gimli_compile.functional import Functional, functionalize
+from gimli_compile.implicit_mode import Implicit
 from gimli_compile.program import Program
 from gimli_compile.state import Hyperparameters, OptState, TrainState
 
@@ -13,6 +14,7 @@ __all__ = [
     "Functional",
     "GimliError",
     "Hyperparameters",
+    "Implicit",
     "InputError",
     "OptState",
     "Program",

@@ -21,7 +21,7 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     result is differentiable to any order, each order at the price of one more run.
     """
     leaves, structure = pytree.tree_flatten(args)
-    tensors, places = _distinct(leaves)
+    tensors, places = distinct(leaves)
     draws: list[Any] = []
     form: list[Any] = []
 
@@ -29,7 +29,7 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
         rebuilt = [leaf if place is None else values[place] for leaf, place in zip(leaves, places, strict=True)]
         out = function(*pytree.tree_unflatten(rebuilt, structure), draws)
         out_leaves, out_structure = pytree.tree_flatten(out)
-        results, out_places = _distinct(out_leaves)
+        results, out_places = distinct(out_leaves)
         form[:] = [out_structure, out_places]
         return tuple(results)
 
@@ -50,7 +50,7 @@ def _refuse_wrapped(draws: list[Any]) -> None:
         )
 
 
-def _distinct(leaves: list[Any]) -> tuple[list[Tensor], list[int | None]]:
+def distinct(leaves: list[Any]) -> tuple[list[Tensor], list[int | None]]:
     """Returns the tensors among the leaves, each object once, and for each leaf its place among them."""
     tensors: list[Tensor] = []
     known: dict[int, int] = {}
@@ -91,12 +91,19 @@ class _Segment(torch.autograd.Function):
         """Runs the segment again and differentiates it."""
         saved = ctx.saved_tensors
         wanted = [index for index, needs in enumerate(ctx.needs_input_grad[1:]) if needs]
-        transformed = any(map(_functorch.is_functorch_wrapped_tensor, (*saved, *grads)))
-        pull = _pull_transformed if transformed else _pull
         found: list[Tensor | None] = [None] * len(saved)
         for index, grad in zip(wanted, pull(ctx.flat, saved, wanted, grads), strict=True):
             found[index] = grad
         return (None, *found)
+
+
+def pull(flat: Callable[..., Any], tensors: Any, wanted: list[int], grads: Any) -> Any:
+    """Returns the gradients of `flat(*tensors)`, seeded by `grads`, in the tensors at the places `wanted`.
+
+    They are None where there is none, and differentiable if gradients are recorded; works under torch.func transforms.
+    """
+    transformed = any(map(_functorch.is_functorch_wrapped_tensor, (*tensors, *grads)))
+    return (_pull_transformed if transformed else _pull)(flat, tensors, wanted, grads)
 
 
 def _pull(flat: Callable[..., Any], saved: Any, wanted: list[int], grads: Any) -> Any:

@@ -10,7 +10,6 @@ import torch
 
 from gimli_compile.argument_checks import (
     check_callable,
-    check_constants,
     check_functions,
     check_method,
     check_model,
@@ -24,6 +23,10 @@ from gimli_compile.argument_checks import (
 )
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.hyper_values import hyper_values
+from gimli_compile.implicit_mode import Implicit
+from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_plan import Plan
+from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import MethodView, OptimizerView
@@ -36,13 +39,15 @@ from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows
 from gimli_compile.schedulers import Schedulers, check_schedulers
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
+from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
+from gimli_compile.tasks import Loop, Tasks
 from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
-from gimli_compile.unrolling import Loop, Tasks, unroll_steps
+from gimli_compile.unrolling import unroll_steps
 from gimli_compile.update_table import UpdateTable
 from gimli_compile.update_values import UpdateInputs
 
@@ -129,6 +134,8 @@ class Functional:
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
         self._stepper = self._make_stepper()
+        self.last_plan: Plan | None = None
+        self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
         if self.train_step is not None:
@@ -278,6 +285,8 @@ class Functional:
         order: int = 2,
         truncate: int | None = None,
         tasks: Tasks = False,
+        implicit: Implicit | None = None,
+        memory: str | int | None = None,
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes J inner steps; differentiable with respect to state, hyper, meta and batches.
 
@@ -286,45 +295,43 @@ class Functional:
             batches: a list (or iterator) of J batches, or a pytree of tensors with a leading dimension J.
             hyper: hyperparameters, the same in all steps; the live ones by default.
             meta: the third argument of the loss.
-            backward: "reverse": every step is differentiated by autograd, as Algorithm 1 of Gimli does.
-            checkpoint: None keeps what every step computed; "step" or an int k keeps the states of every (k-th) step
-                and computes the steps again in the backward pass; "sqrt" takes k near the root of J.
+            backward: the way through the backward pass (docs/loops.md). "reverse": every step is differentiated by
+                autograd, as Algorithm 1 of Gimli does, to any order. "mixed": the same adjoint with the inner gradient
+                differentiated forward and in blocks, which keeps the states between steps and no activations.
+                "forward": tangents, for few numbers; keeps nothing. "implicit": the gradient of the fixed point that
+                training ended at, zero in where it started. "auto": the fastest exact one that fits into `memory`,
+                then `fn.last_plan`. All but "reverse" can be differentiated once.
+            checkpoint: None keeps what every step computed; "step" (so does "mixed") or an int k keeps the states of
+                every (k-th) step and computes steps again in the backward pass; "sqrt" takes k near the root of J.
             order: 2 is exact; 1 takes the inner gradients as constants (first-order MAML).
             truncate: differentiates the last k steps only (truncated backpropagation; Shaban et al. 2019).
             tasks: True runs many tasks at once: batches lead with (task, step), a list of batches with task; state,
                 hyper and meta are shared; results lead with task. A tuple says which dimension of state, batches,
                 hyper and meta is the task's, in the terms of `torch.func.vmap` (None: shared;
                 shared batches lead with step).
+            implicit: how the implicit gradient is solved for: see `gimli_compile.Implicit`.
+            memory: for "auto", bytes or a text such as "2GiB".
 
         Returns:
             The last state, and the losses before each step (J).
 
         Raises:
-            InputError: no steps, leading dimensions that differ, or an option that does not exist.
+            InputError: no steps, leading dimensions that differ, or an option that does not exist or fit.
         """
+        options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
         values = self._hyper_values(hyper, tasks)
-
-        model_key = self._model_view.signature()
-        checked: list[bool] = []
-
-        def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
-            if not checked:  # later states are made here
-                self._check_step(now)
-                checked.append(True)
-            made = self._stepper.step(StepInputs(now, batch, hyper, meta, order, draws, model_key))
-            if checkpoint is not None:
-                check_constants(self._stepper.constants())
-            return made
-
-        return unroll_steps(
-            step,
-            Loop(state, batches, values, meta),
-            backward=backward,
-            checkpoint=checkpoint,
+        steps = LoopSteps(
+            self._stepper,
+            self._adjoint,
+            self._check_step,
             order=order,
-            truncate=truncate,
-            tasks=tasks,
+            model_key=self._model_view.signature(),
+            recomputes=options.recomputes,
+            trained=self._trained,
         )
+        made = unroll_steps(steps, Loop(state, batches, values, meta), options)
+        self.last_plan = steps.plan
+        return made
 
     # ------------------------------------------------------------------ looking and writing back
 

@@ -153,6 +153,14 @@ class FlowGraph:
         return tuple(path)
 
 
+def carried_buffers(program: Program) -> frozenset[str]:
+    """Returns the names of the buffers whose new values depend differentiably on parameters, batch or meta."""
+    flows = FlowGraph({program.name: program})
+    made = [slot for slot in program.results if slot.role is Role.BUFFER]
+    inputs = flows.inputs(Role.PARAM, Role.BATCH, Role.META)
+    return frozenset(s.path for s in made if any(f.is_differentiable for f in flows.flows(inputs, [s]).values()))
+
+
 def _hops(graph: nx.DiGraph, starts: Iterable[Key]) -> dict[Key, Key | None]:
     """Searches breadth first; returns the nodes that some nodes lead to, each with the node it was reached from."""
     found: dict[Key, Key | None] = {start: None for start in starts if start in graph}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +66,16 @@ def takes_meta(function: Callable[..., Any], places: int = 3) -> bool:
     return len(positional) >= places or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
-class _Run:
-    """One traced run of the model on copies of the tensors that it is given."""
+class LossRun:
+    """One traced run of the model on copies of the tensors that it is given.
 
-    def __init__(self, view: ModelView, params: Tensors, buffers: Tensors) -> None:
+    `leaves` are what to differentiate by: those of the inputs `wanted`.
+    """
+
+    def __init__(self, view: ModelView, params: Tensors, buffers: Tensors, wanted: Collection[Slot] = ()) -> None:
         self.view = view
+        self.wanted = frozenset(wanted)
+        self.leaves: dict[Slot, torch.Tensor] = {}
         self.recorder = Recorder("loss")
         self.live = live = view.live_params
         self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
@@ -81,8 +86,10 @@ class _Run:
         }
 
     def _add_param(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        traced = self.view.as_leaf(name, value)
-        self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
+        slot, traced = Slot(Role.PARAM, name), self.view.as_leaf(name, value)
+        if slot in self.wanted:
+            self.leaves[slot] = traced.requires_grad_()
+        self.recorder.add_input(slot, traced, DATA)
         self.recorder.keep(traced, name)
         return traced
 
@@ -98,7 +105,12 @@ class _Run:
         return grads
 
     def add(self, slot: Slot, value: torch.Tensor, reach: int) -> torch.Tensor:
+        """Announces a copy of a tensor and returns it; of one to differentiate by, a copy that may be written to."""
         traced = value.detach().clone()
+        if slot in self.wanted:
+            self.leaves[slot] = traced.requires_grad_()
+            with torch.enable_grad():
+                traced = traced.clone()
         self.recorder.add_input(slot, traced, reach)
         return traced
 
@@ -144,7 +156,20 @@ class _Run:
                     )
                 )
 
+    def gradient_results(self, grads: Mapping[str, torch.Tensor | None]) -> dict[Slot, fx.Node]:
+        """Returns the nodes of gradients by slot; of a sparse one, those of its dense form and of its rows."""
+        results = {}
+        for name, grad in grads.items():
+            if self.recorder.sparse.knows(grad):
+                assert grad is not None
+                grad, rows = self.recorder.sparse.parts(grad)
+                results[Slot(Role.ROWS, name)] = self.recorder.node_of(rows)
+            if grad is not None:
+                results[Slot(Role.GRAD, name)] = self.recorder.node_of(grad)
+        return results
+
     def buffer_results(self) -> dict[Slot, fx.Node]:
+        """Returns the nodes of the new buffers."""
         return {
             Slot(Role.BUFFER, name): self.recorder.node_of(self.new_buffers[name])
             for name in self.buffers
@@ -152,6 +177,7 @@ class _Run:
         }
 
     def finish(self, title: str, name: str, results: dict[Slot, fx.Node]) -> Captured:
+        """Returns the lowered program of these results and of the conditions that held."""
         recorder = self.recorder
         outcomes = {}
         for guard in recorder.guards:
@@ -180,7 +206,7 @@ def capture_forward(
     view: ModelView, params: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], title: str
 ) -> Forward:
     """Captures `model(*args, **kwargs)`."""
-    run = _Run(view, params, buffers)
+    run = LossRun(view, params, buffers)
     traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
     with run.tracing():
         out = view.model(*traced_args, **traced_kwargs)
@@ -200,7 +226,7 @@ def capture_gradient(
     title: str,
 ) -> Captured:
     """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
-    run = _Run(view, params, buffers)
+    run = LossRun(view, params, buffers)
     traced_batch = run.add_tree(Role.BATCH, batch)
     arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
     if takes_meta(loss_fn):
@@ -210,21 +236,15 @@ def capture_gradient(
         loss = loss_fn(*arguments)
         check_loss(loss, loss_fn)
         with run.recorder.in_region(Region.BACKWARD):
-            grads = run.after_accumulation(_gradient(loss, trained, loss_fn))
-    results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
-    for name, grad in grads.items():
-        if run.recorder.sparse.knows(grad):
-            assert grad is not None
-            grad, rows = run.recorder.sparse.parts(grad)
-            results[Slot(Role.ROWS, name)] = run.recorder.node_of(rows)
-        if grad is not None:
-            results[Slot(Role.GRAD, name)] = run.recorder.node_of(grad)
+            grads = run.after_accumulation(inner_gradient(loss, trained, loss_fn))
+    results = {Slot(Role.LOSS): run.recorder.node_of(loss), **run.gradient_results(grads)}
     return run.finish(title, "grad", {**results, **run.buffer_results()})
 
 
-def _gradient(
+def inner_gradient(
     loss: torch.Tensor, trained: Mapping[str, torch.Tensor], loss_fn: Callable[..., Any]
 ) -> dict[str, torch.Tensor | None]:
+    """Returns the gradient of a loss by name, None where there is none."""
     if not loss.requires_grad:
         raise CaptureError(
             compose_message(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
+from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
+from gimli_compile.passes.liveness import eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.row_gradients import from_slots
@@ -27,6 +31,17 @@ class Gradient:
         self.exact = captured.program
         self._first_order: Program | None = None
 
+    @cached_property
+    def buffers(self) -> Program:
+        """The part of the program that makes the new buffers, and the conditions."""
+        keep = [i for i, slot in enumerate(self.exact.results) if slot.role in (Role.BUFFER, Role.GUARD)]
+        return eliminate_dead_code(restrict_results(self.exact, keep))
+
+    @cached_property
+    def carried_buffers(self) -> frozenset[str]:
+        """The names of the buffers whose new values have derivatives in what the loss is computed from."""
+        return carried_buffers(self.buffers)
+
     def program(self, order: int) -> Program:
         """Returns the program of this order."""
         if order == 2:
@@ -34,6 +49,27 @@ class Gradient:
         if self._first_order is None:
             self._first_order = first_order(self.exact)
         return self._first_order
+
+    @cached_property
+    def used_buffers(self) -> frozenset[str]:
+        """The names of the buffers in which the loss or its gradient has a derivative; found on fake tensors."""
+        program = self.exact
+        leaves: dict[str, torch.Tensor] = {}
+        values = []
+        with outside_transforms(), FAKE, torch.enable_grad():
+            for slot, node in zip(program.inputs, program.placeholders, strict=True):
+                value = node.meta["val"]
+                if slot.role is Role.BUFFER and value.is_floating_point():
+                    value = leaves[slot.path] = value.detach().requires_grad_()
+                values.append(value)
+            made = zip(program.results, program.function(*values), strict=True)
+            outs = [out for slot, out in made if slot.role in (Role.LOSS, Role.GRAD) and out.requires_grad]
+            if not outs:
+                return frozenset()
+            grads = torch.autograd.grad(
+                outs, list(leaves.values()), list(map(torch.ones_like, outs)), allow_unused=True
+            )
+        return frozenset(name for name, grad in zip(leaves, grads, strict=True) if grad is not None)
 
 
 class LossTable:
@@ -88,17 +124,46 @@ class LossTable:
 
         `model_key` is the model's signature if the caller knows it, as a loop does.
         """
-        model_key = self.view.signature() if model_key is None else model_key
-        values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
-        values.update(tree_slots(Role.META, meta))
-        key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
-        known = self.gradients.setdefault(key, [])
+        values = values_of_loss(state, batch, meta)
+        known = self._known(state, batch, meta, trained, model_key)
         for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
             program = gradient.program(order)
             results = program({**values, **program.draw(draws)})
             if gradient.captured.held(results):
                 return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
         raise _unsettled(self.title)
+
+    def _known(self, state: TrainState, batch: Any, meta: Any, trained: list[str], model_key: Any) -> list[Gradient]:
+        model_key = self.view.signature() if model_key is None else model_key
+        key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
+        return self.gradients.setdefault(key, [])
+
+    def buffers(
+        self,
+        state: TrainState,
+        batch: Any,
+        meta: Any,
+        trained: list[str],
+        *,
+        values: Mapping[Slot, torch.Tensor],
+        draws: dict[Slot, torch.Tensor],
+        model_key: Any,
+    ) -> dict[Slot, torch.Tensor]:
+        """Returns the new buffers of a step that was taken before, at `values` of the same form."""
+        for gradient in self._known(state, batch, meta, trained, model_key):
+            program = gradient.buffers
+            results = program({**values, **program.draw(draws)})
+            if gradient.captured.held(results):
+                return {slot: results.get(slot, value) for slot, value in values.items() if slot.role is Role.BUFFER}
+        raise _unsettled(self.title)
+
+    def used_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers in which any captured loss, or its gradient, has a derivative."""
+        return frozenset().union(*(gradient.used_buffers for gradient in self.all_gradients))
+
+    def carried_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers that carry derivatives from one step to the next, in any captured loss."""
+        return frozenset().union(*(gradient.carried_buffers for gradient in self.all_gradients))
 
     def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
         assert self.loss_fn is not None
@@ -124,6 +189,13 @@ def _unsettled(title: str) -> CaptureError:
             "A comparison lies within rounding; perturb the inputs or use float64.",
         )
     )
+
+
+def values_of_loss(state: TrainState, batch: Any, meta: Any) -> dict[Slot, torch.Tensor]:
+    """Returns what a loss is computed from, by slot."""
+    values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
+    values.update(tree_slots(Role.META, meta))
+    return values
 
 
 def _by_slot(params: Tensors, buffers: Tensors) -> dict[Slot, torch.Tensor]:

@@ -61,13 +61,22 @@ class Program:
     @cached_property
     def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The compiled text: takes one tensor for each of `inputs`, constants and draws included."""
+        return self._compiled(self.code)
+
+    @cached_property
+    def lean_function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The same with every value freed after its last use, for runs that nothing differentiates in reverse."""
+        return self._compiled(print_program(self, is_lean=True))
+
+    def _compiled(self, code: str) -> Callable[..., tuple[torch.Tensor, ...]]:
         namespace = run_namespace(self.graph)
-        exec(compile(self.code, f"<gimli_compile {self.name}>", "exec"), namespace)
+        exec(compile(code, f"<gimli_compile {self.name}>", "exec"), namespace)
         return namespace[self.name]
 
     def __call__(self, values: Mapping[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
         """Runs on a mapping from slot to tensor; constants are filled in, and draws made unless they are given."""
-        outputs = self.function(*(self._bind(slot, values) for slot in self.inputs))
+        function = self.function if torch.is_grad_enabled() else self.lean_function
+        outputs = function(*(self._bind(slot, values) for slot in self.inputs))
         return dict(zip(self.results, outputs, strict=True))
 
     def _bind(self, slot: Slot, values: Mapping[Slot, torch.Tensor]) -> torch.Tensor:

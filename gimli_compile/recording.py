@@ -109,6 +109,7 @@ class Recorder(TorchDispatchMode):
         self._paused = False
         self._grad_at_entry = True
         self.host_states: Any = None
+        self._around = torch._C._current_autograd_node()  # capture may happen inside an outer backward pass
 
     # ------------------------------------------------------------------ inputs
 
@@ -267,7 +268,7 @@ class Recorder(TorchDispatchMode):
 
     def _source(self) -> SourceLine | None:
         backward = torch._C._current_autograd_node()
-        if backward is not None:
+        if backward is not None and backward is not self._around:
             return self._forward_lines.get(backward._sequence_nr())
         if self.region is Region.BACKWARD:
             return self._last_line

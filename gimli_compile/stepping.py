@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
+from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.update_table import UpdateTable, assemble
@@ -39,6 +40,10 @@ class SplitStepper:
 
     def step(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor]:
         """Returns the new state and the loss before the step."""
+        return self.step_with_gradient(inputs)[:2]
+
+    def step_with_gradient(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor, dict[str, Any]]:
+        """Returns the new state, the loss before the step, and its gradient by parameter name."""
         state = inputs.state
         draws = {} if inputs.draws is None else inputs.draws
         loss, grads, buffers = self.losses.gradient(
@@ -51,7 +56,20 @@ class SplitStepper:
             model_key=inputs.model_key,
         )
         params, opt_state = self.updates.run(UpdateInputs(state.params, grads, state.opt_state, inputs.hyper, draws))
-        return TrainState(params, buffers, opt_state), loss
+        return TrainState(params, buffers, opt_state), loss, grads
+
+    def carried_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers that carry derivatives from one step to the next."""
+        return self.losses.carried_buffers()
+
+    def latest_programs(self) -> list[Program]:
+        """Returns the programs that make up a step: those captured last."""
+        return [self.losses.all_gradients[-1].exact, self.updates.variants[-1].program]
+
+    def programs(self) -> list[Program]:
+        """Returns the captured programs."""
+        losses = [gradient.exact for gradient in self.losses.all_gradients]
+        return losses + [variant.program for variant in self.updates.variants]
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured programs hold."""
@@ -76,6 +94,18 @@ class WholeStepper:
         params, opt_state = assemble(given, variant, results)
         assert variant.returned is not None
         return TrainState(params, new_buffers(state.buffers, results), opt_state), variant.returned.assemble(results)
+
+    def carried_buffers(self) -> frozenset[str]:
+        """Returns the names of the buffers that carry derivatives from one step to the next."""
+        return frozenset().union(*(variant.carried_buffers for variant in self.table.variants))
+
+    def latest_programs(self) -> list[Program]:
+        """Returns the program of a step: the one captured last."""
+        return [self.table.variants[-1].program]
+
+    def programs(self) -> list[Program]:
+        """Returns the captured steps."""
+        return [variant.program for variant in self.table.variants]
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured steps hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,59 +12,62 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.forward_mode import unroll_forward
+from gimli_compile.implicit_mode import Implicit, unroll_implicit
+from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_plan import bytes_of_text, choose_plan
+from gimli_compile.loop_steps import LoopSteps
+from gimli_compile.mixed_mode import unroll_mixed
 from gimli_compile.state import TrainState
+from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
-Tasks = bool | tuple[int | None, int | None, int | None, int | None]
-_BACKWARD = ("reverse",)
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What a loop starts from; hyperparameters by path."""
-
-    state: TrainState
-    batches: Any
-    hyper: dict[str, torch.Tensor]
-    meta: Any
-
-
-def unroll_steps(
-    step: Step,
-    loop: Loop,
-    *,
-    backward: str,
-    checkpoint: str | int | None,
-    order: int,
-    truncate: int | None,
-    tasks: Tasks,
-) -> tuple[TrainState, torch.Tensor]:
-    """Runs `step` over the batches: see `Functional.unroll`."""
-    _check_options(backward, order, truncate)
+def unroll_steps(steps: LoopSteps, loop: Loop, options: LoopOptions) -> tuple[TrainState, Any]:
+    """Takes the steps over the batches: see `Functional.unroll`."""
     if isinstance(loop.batches, Iterator):
         loop = replace(loop, batches=list(loop.batches))
-    step_dim = 0
-    if tasks is not False:
-        dims = (None, 0, None, None) if tasks is True else tasks
-        loop, step = _over_tasks(loop, step, dims)
+    step_dim, taken = 0, steps
+    if options.tasks is not False:
+        dims = (None, 0, None, None) if options.tasks is True else options.tasks
+        loop, taken = lead_with_tasks(loop, dims), TaskSteps(steps, dims)
         step_dim = 0 if dims[1] is None else 1  # the task leads, unless all tasks share the batches
-    steps = split_batches(loop.batches, step_dim)
-    state = loop.state
-    length = segment_length(checkpoint, len(steps))
+    batches = split_batches(loop.batches, step_dim)
     losses: list[Any] = []
-    cut = 0 if truncate is None else max(0, len(steps) - truncate)
+    cut = 0 if options.truncate is None else max(0, len(batches) - options.truncate)
     if cut:
         with torch.no_grad():
-            state = _run(step, replace(loop, state=state), steps[:cut], losses)
-        state = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state)
+            state = _run(taken.step, loop, batches[:cut], losses)
+        loop = replace(loop, state=pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state))
+    loop = replace(loop, batches=batches[cut:])
+    if options.backward == "auto":
+        steps.plan = plan = choose_plan(taken, loop, bytes_of_text(options.memory))
+        options = replace(options, backward=plan.backward, checkpoint=plan.checkpoint, memory=None)
+        steps.recomputes = options.recomputes
+    state, made = _differentiated(taken, loop, options, segment_length(options.checkpoint, len(batches)))
+    return state, _stacked(losses + made)
+
+
+def _differentiated(
+    steps: LoopSteps | TaskSteps, loop: Loop, options: LoopOptions, length: int | None
+) -> tuple[TrainState, list[Any]]:
+    """Takes the steps that are differentiated, in one of the ways through the backward pass."""
+    if options.backward == "mixed":
+        return unroll_mixed(steps, loop, length or 1)
+    if options.backward == "forward":
+        return unroll_forward(steps, loop)
+    if options.backward == "implicit":
+        return unroll_implicit(steps, loop, options.implicit or Implicit())
+    losses: list[Any] = []
     if length is None:
-        state = _run(step, replace(loop, state=state), steps[cut:], losses)
-    else:
-        for start in range(cut, len(steps), length):
-            segment = steps[start : start + length]
-            state, segment_losses = checkpointed(_segment(step), state, segment, loop.hyper, loop.meta)
-            losses += segment_losses
-    return state, _stacked(losses)
+        return _run(steps.step, loop, loop.batches, losses), losses
+    state = loop.state
+    for start in range(0, len(loop.batches), length):
+        segment = loop.batches[start : start + length]
+        state, made = checkpointed(_segment(steps.step), state, segment, loop.hyper, loop.meta)
+        losses += made
+    return state, losses
 
 
 def _stacked(losses: list[Any]) -> Any:
@@ -98,61 +101,6 @@ def _segment(step: Step) -> Callable[..., Any]:
     return run
 
 
-def _over_tasks(loop: Loop, step: Step, dims: tuple[int | None, ...]) -> tuple[Loop, Step]:
-    """Returns the loop in which whatever differs between tasks leads with the task, and the step for all tasks at once.
-
-    The loop is outermost and each step is mapped over the tasks, so that a segment can be computed again as a whole.
-    """
-    parts = [loop.state, loop.batches, loop.hyper, loop.meta]
-    state, batches, hyper, meta = (_lead(part, dim) for part, dim in zip(parts, dims, strict=True))
-    if dims[0] is None:
-        count = _task_count(batches, hyper, meta, dims)
-        state = _shared_by(state, count)
-    inner = [0, None if dims[1] is None else 0, *(None if dim is None else 0 for dim in dims[2:])]
-
-    def mapped(state: TrainState, batch: Any, hyper: Any, meta: Any, draws: dict[Any, Any] | None) -> Any:
-        given = dict(draws or {})
-        noise_dims = dict.fromkeys(given, 0)
-
-        def one(state: TrainState, batch: Any, hyper: Any, meta: Any, noise: dict[Any, Any]) -> Any:
-            noise = dict(noise)
-            return *step(state, batch, hyper, meta, noise), noise
-
-        run = torch.func.vmap(one, in_dims=(*inner, noise_dims), randomness="different")
-        state, loss, made = run(state, batch, hyper, meta, given)
-        if draws is not None:
-            draws.update(made)
-        return state, loss
-
-    return Loop(state, batches, hyper, meta), mapped
-
-
-def _lead(tree: Any, dim: int | None) -> Any:
-    if dim is None or dim == 0:
-        return tree
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.movedim(dim, 0), tree)
-
-
-def _task_count(batches: Any, hyper: Any, meta: Any, dims: tuple[int | None, ...]) -> int:
-    for part, dim in zip((batches, hyper, meta), dims[1:], strict=True):
-        leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
-        if dim is not None and leaves:
-            return leaves[0].shape[0]
-    raise InputError("`tasks` names no input with a task dimension. Give state, batches, hyper or meta one.")
-
-
-def _shared_by(state: TrainState, count: int) -> TrainState:
-    """Returns a state for each task, all views of one; tensors that are one object stay one."""
-    known: dict[int, torch.Tensor] = {}
-
-    def expand(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor.expand(count, *tensor.shape)
-        return known[id(tensor)]
-
-    return pytree.tree_map_only(torch.Tensor, expand, state)
-
-
 def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     """Returns how many steps lie between two states that are kept; None keeps everything."""
     if checkpoint is None:
@@ -164,15 +112,6 @@ def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     if isinstance(checkpoint, int) and not isinstance(checkpoint, bool) and checkpoint >= 1:
         return checkpoint
     raise InputError(f"checkpoint={checkpoint!r} is not an option. Use None, 'step', 'sqrt' or a positive int.")
-
-
-def _check_options(backward: str, order: int, truncate: int | None) -> None:
-    if backward not in _BACKWARD:
-        raise InputError(f"backward={backward!r} is not an option. Use one of {', '.join(map(repr, _BACKWARD))}.")
-    if order not in (1, 2):
-        raise InputError(f"order={order!r} is not an option. Use 2 (exact) or 1 (first-order).")
-    if truncate is not None and (not isinstance(truncate, int) or isinstance(truncate, bool) or truncate < 1):
-        raise InputError(f"truncate={truncate!r} is not an option. Use None or a positive number of steps.")
 
 
 def split_batches(batches: Any, dim: int = 0) -> list[Any]:

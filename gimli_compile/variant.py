@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.passes.differentiability import check_derivatives
 from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
@@ -95,6 +96,11 @@ class UpdateVariant:
     def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
         """Tells, after the step, whether the conditions on tensor values held."""
         return all(is_everywhere(results[condition.slot].detach(), condition.outcome) for condition in self.after)
+
+    @cached_property
+    def carried_buffers(self) -> frozenset[str]:
+        """The names of the buffers whose new values carry derivatives."""
+        return carried_buffers(self.program)
 
     @property
     def draws_on_host(self) -> bool:
