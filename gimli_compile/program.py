@@ -15,6 +15,7 @@ from torch import fx
 from gimli_compile import drawing
 from gimli_compile.metadata import operator_name
 from gimli_compile.printing import print_program, run_namespace
+from gimli_compile.release import compile_releasing
 from gimli_compile.slot import Role, Slot
 from gimli_compile.transforms import in_every_lane
 
@@ -60,9 +61,12 @@ class Program:
 
     @cached_property
     def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The compiled text: takes one tensor for each of `inputs`, constants and draws included."""
+        """The compiled text: takes one tensor for each of `inputs`, constants and draws included.
+
+        Values are let go after their last use, which the text does not say.
+        """
         namespace = run_namespace(self.graph)
-        exec(compile(self.code, f"<gimli_compile {self.name}>", "exec"), namespace)
+        exec(compile_releasing(self.code, f"<gimli_compile {self.name}>"), namespace)
         return namespace[self.name]
 
     def __call__(self, values: Mapping[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
