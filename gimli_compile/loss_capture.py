@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gimli_compile.condition_text import expression
 from gimli_compile.custom_functions import custom_functions_recorded
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
@@ -29,18 +32,51 @@ from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
 from gimli_compile.transforms import is_everywhere
 from gimli_compile.tree_slots import Returned, reach_of, tree_slots
+from gimli_compile.update_capture import ancestors
+from gimli_compile.variant import Condition, split_guards
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured program and the outcomes of the branches that it took: on buffers, and in torch's own checks."""
+    """A captured program and the conditions under which it holds.
+
+    They are branches on integers and buffers, and in torch's own checks; how many elements a mask selects; and, where
+    the user allows it, branches on values. `decide` computes those `before` that follow from batch and buffers alone.
+    """
 
     program: Program
-    outcomes: Mapping[Slot, bool]
+    before: tuple[Condition, ...]
+    after: tuple[Condition, ...]
+    decide: Program | None
+
+    def fits(self, values: Mapping[Slot, torch.Tensor], draws: Mapping[Slot, torch.Tensor]) -> bool:
+        """Tells, before it runs, whether the program is the one for these inputs, as far as they say."""
+        made = ((node.meta["val"].shape, draws[slot].shape) for slot, node in self._noise if slot in draws)
+        if any(own != shape for own, shape in made):
+            return False
+        if self.decide is None:
+            return True
+        with torch.no_grad():
+            found = self.decide(values)
+        return _hold(self.before, found)
 
     def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
-        """Tells whether the branches come out as they did at capture."""
-        return all(is_everywhere(results[slot].detach(), outcome) for slot, outcome in self.outcomes.items())
+        """Tells whether the other conditions came out as they did at capture."""
+        return _hold(self.after, results)
+
+    @property
+    def guards(self) -> tuple[str, ...]:
+        """The conditions as text."""
+        return tuple(dict.fromkeys(map(str, (*self.before, *self.after))))
+
+    @cached_property
+    def _noise(self) -> list[tuple[Slot, fx.Node]]:
+        pairs = zip(self.program.inputs, self.program.placeholders, strict=True)
+        return [(slot, node) for slot, node in pairs if slot.role is Role.NOISE]
+
+
+def _hold(conditions: Iterable[Condition], found: Mapping[Slot, torch.Tensor]) -> bool:
+    return all(is_everywhere(found[one.slot].detach(), one.outcome) for one in conditions)
 
 
 @dataclass(frozen=True)
@@ -49,6 +85,10 @@ class Forward:
 
     captured: Captured
     returned: Returned
+
+    def program(self, order: int) -> Program:
+        """Returns the program; without an inner gradient it is of any order."""
+        return self.captured.program
 
     def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
         """Returns the model's output from the program's results."""
@@ -72,6 +112,7 @@ class _Run:
     def __init__(self, view: ModelView, params: Tensors, buffers: Tensors) -> None:
         self.view = view
         self.recorder = Recorder("loss")
+        self.recorder.guards_branches = view.guards_branches
         self.live = live = view.live_params
         self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
         self.params = {name: self._add_param(name, params[name]) for name in live}
@@ -162,7 +203,24 @@ class _Run:
         program = Program(
             title, name, recorder.graph, tuple(recorder.inputs), tuple(results), recorder.constants, recorder.draws
         )
-        return Captured(lower(program, LOSS_PASSES), outcomes)
+        return _with_conditions(lower(program, LOSS_PASSES), outcomes)
+
+
+def _with_conditions(program: Program, outcomes: Mapping[Slot, bool]) -> Captured:
+    """Sorts the conditions of a program by whether they can be decided before it runs."""
+    slot_of = dict(zip(program.placeholders, program.inputs, strict=True))
+    ancestry = ancestors(program)
+    before: dict[Any, Condition] = {}
+    after: dict[Any, Condition] = {}
+    for slot in (slot for slot in program.results if slot.role is Role.GUARD):
+        node, outcome = program.result_of(slot), outcomes.get(slot, True)
+        roles = {slot_of[leaf].role for leaf in ancestry[node]}
+        if not roles:
+            continue
+        found = before if roles <= {Role.BATCH, Role.BUFFER} else after
+        found.setdefault((node, outcome), Condition(slot, outcome, expression(node)))
+    main, decide = split_guards(program, list(before.values()))
+    return Captured(main, tuple(before.values()), tuple(after.values()), decide)
 
 
 def warn_of_changes(names: Iterable[str]) -> None:
@@ -252,12 +310,10 @@ def check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
                 "Reduce the loss, for example with `.mean()`.",
             )
         )
-    with torch.no_grad():
-        finite = bool(torch.isfinite(_untraced(loss)))
-    if not finite:
+    if not math.isfinite(_untraced(loss)):
         raise CaptureError(
             compose_message(
-                f"the loss of `{_name(loss_fn)}` is {float(_untraced(loss))} on the values that it is captured with",
+                f"the loss of `{_name(loss_fn)}` is {_untraced(loss)} on the values that it is captured with",
                 _definition(loss_fn),
                 "A program captured from such values could not be checked.",
                 "Check the batch and the parameters for NaN and infinity.",
@@ -265,10 +321,10 @@ def check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
         )
 
 
-def _untraced(tensor: torch.Tensor) -> Any:
-    """Returns a copy of the value that no mode follows."""
+def _untraced(tensor: torch.Tensor) -> float:
+    """Returns the value of one element; no mode follows."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        return torch.from_numpy(tensor.detach().to("cpu", torch.float64).numpy().copy())
+        return float(tensor.detach().to("cpu", torch.float64).numpy().item())
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from gimli_compile.program import Program
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
-from gimli_compile.transforms import outside_transforms, representatives
+from gimli_compile.transforms import generator_states, outside_transforms, representatives, rewind
 from gimli_compile.tree_slots import form, tree_form, tree_slots
 
 
@@ -60,12 +61,33 @@ class LossTable:
         key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
         values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
         known = self.forwards.setdefault(key, [])
-        draws: dict[Slot, torch.Tensor] = {}
-        for forward in _with_new(known, lambda: self._capture_forward(params, buffers, args, kwargs)):
-            program = forward.captured.program
-            results = program({**values, **program.draw(draws)})
-            if forward.captured.held(results):
-                return forward.assemble(results), _new_buffers(buffers, results)
+        capture = partial(self._capture_forward, params, buffers, args, kwargs)
+        forward, results = self._run(known, capture, values, {})
+        return forward.assemble(results), _new_buffers(buffers, results)
+
+    def _run(
+        self,
+        known: list[Any],
+        capture: Callable[[], Any],
+        values: Mapping[Slot, torch.Tensor],
+        draws: dict[Slot, torch.Tensor],
+        order: int = 2,
+    ) -> tuple[Any, dict[Slot, torch.Tensor]]:
+        """Runs the first of what is known that holds for these values, or else what a new capture gives.
+
+        What a program drew that then did not hold is drawn again, from the same state of the generators.
+        """
+        for entry in _with_new(known, capture):
+            if not entry.captured.fits(values, draws):
+                continue
+            program, own = entry.program(order), dict(draws)
+            before = generator_states() if program.draws and entry.captured.after else None
+            results = program({**values, **program.draw(own)})
+            if entry.captured.held(results):
+                draws.update(own)
+                return entry, results
+            if before is not None:
+                rewind(before)
         raise _unsettled(self.title)
 
     def _capture_forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Forward:
@@ -93,12 +115,9 @@ class LossTable:
         values.update(tree_slots(Role.META, meta))
         key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
         known = self.gradients.setdefault(key, [])
-        for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
-            program = gradient.program(order)
-            results = program({**values, **program.draw(draws)})
-            if gradient.captured.held(results):
-                return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
-        raise _unsettled(self.title)
+        capture = partial(self._capture_gradient, state, batch, meta, trained)
+        _, results = self._run(known, capture, values, draws, order)
+        return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
 
     def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
         assert self.loss_fn is not None
@@ -118,10 +137,12 @@ def _with_new(known: list[Any], capture: Callable[[], Any]) -> Iterator[Any]:
 def _unsettled(title: str) -> CaptureError:
     return CaptureError(
         compose_message(
-            f"the branches that {title} takes on its values do not settle",
+            f"the branches that {title} takes on its values, or how many elements its masks select, do not settle",
             None,
-            "A program captured from these very values computes other outcomes than the model itself.",
-            "A comparison lies within rounding; perturb the inputs or use float64.",
+            "A program captured from these very values computes other outcomes than the model itself, "
+            "or tasks that run together have different ones.",
+            "A comparison lies within rounding: perturb the inputs or use float64. With tasks: use `torch.where` in "
+            "place of the branch or the selection, or unroll one task at a time.",
         )
     )
 
