@@ -11,6 +11,7 @@ import torch
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
 from gimli_compile.model_view import ModelView
+from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.row_gradients import from_slots
@@ -82,8 +83,8 @@ class LossTable:
                 continue
             program, own = entry.program(order), dict(draws)
             before = generator_states() if program.draws and entry.captured.after else None
-            results = program({**values, **program.draw(own)})
-            if entry.captured.held(results):
+            results = _results_if_held(entry.captured, program, {**values, **program.draw(own)})
+            if results is not None:
                 draws.update(own)
                 return entry, results
             if before is not None:
@@ -125,6 +126,20 @@ class LossTable:
         title = f"loss and gradient of {self.title}"
         with outside_transforms(), torch.random.fork_rng():
             return Gradient(capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title))
+
+
+def _results_if_held(
+    captured: Captured, program: Program, values: Mapping[Slot, torch.Tensor]
+) -> dict[Slot, torch.Tensor] | None:
+    """Runs a program; None if its conditions do not hold, whether it then fails or not."""
+    try:
+        results = program(values)
+    except Exception:
+        guards = [index for index, slot in enumerate(program.results) if slot.role is Role.GUARD]
+        if not guards or captured.held(compute_only(program, guards)(values)):
+            raise
+        return None
+    return results if captured.held(results) else None
 
 
 def _with_new(known: list[Any], capture: Callable[[], Any]) -> Iterator[Any]:

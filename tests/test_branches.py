@@ -250,6 +250,31 @@ def _scaled(params, x):
     return out * out.detach().max() + out.detach().mean(0).sum()
 
 
+class Bounded(Layers):
+    """Looks up what exists in one of its branches only."""
+
+    def forward(self, x):
+        out = self.first(x)
+        place = (out > 0).sum().clamp(max=9)
+        if place < 4:
+            return out * torch.arange(1.0, 5.0, dtype=x.dtype)[place.reshape(1)]
+        return self.second(out)
+
+
+def test_a_program_that_fails_where_it_does_not_hold():
+    training = Guarded(Bounded, sgd, squared_error, [*regression(2), (normal(5, 3) * 5, normal(5, 2)), *regression(2)])
+    fn = check_values(training)
+    check_gradients(training, HYPERS)
+    model = Bounded().double()
+    fn = gimli.functionalize(model, sgd(model.parameters()), branches="guard")
+    state, x = fn.init(), torch.zeros(5, 3, dtype=torch.float64)
+    for bias in (-1.0, 1.0, -1.0):
+        with torch.no_grad():
+            state.params["first.bias"].fill_(bias)
+            model.first.bias.fill_(bias)
+        assert torch.equal(fn(state, x), model(x))
+
+
 def test_the_forward_program():
     model = Branching().double()
     fn = gimli.functionalize(model, sgd(model.parameters()), branches="guard")
