@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from gimli_compile import drawing
+from gimli_compile.forward_mode import refusal_of
 from gimli_compile.metadata import operator_name
 from gimli_compile.printing import print_program, run_namespace
 from gimli_compile.release import compile_releasing
@@ -66,13 +67,23 @@ class Program:
         Values are let go after their last use, which the text does not say.
         """
         namespace = run_namespace(self.graph)
-        exec(compile_releasing(self.code, f"<gimli_compile {self.name}>"), namespace)
+        exec(compile_releasing(self.code, self._filename), namespace)
         return namespace[self.name]
 
     def __call__(self, values: Mapping[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
         """Runs on a mapping from slot to tensor; constants are filled in, and draws made unless they are given."""
-        outputs = self.function(*(self._bind(slot, values) for slot in self.inputs))
+        try:
+            outputs = self.function(*(self._bind(slot, values) for slot in self.inputs))
+        except (NotImplementedError, RuntimeError) as error:
+            refusal = refusal_of(error, self, self._filename)
+            if refusal is None:
+                raise
+            raise refusal from error
         return dict(zip(self.results, outputs, strict=True))
+
+    @property
+    def _filename(self) -> str:
+        return f"<gimli_compile {self.name}>"
 
     def _bind(self, slot: Slot, values: Mapping[Slot, torch.Tensor]) -> torch.Tensor:
         value = values.get(slot)

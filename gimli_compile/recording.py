@@ -322,7 +322,7 @@ class Recorder(TorchDispatchMode):
     def _shape_varies(self, func: Any, args: Any) -> bool:
         """Tells whether the shape of a result depends on values that may change; an index of integers never does."""
         if func is not aten.index.Tensor:
-            return True
+            return func is not aten.linalg_lstsq.default  # its rank is a condition: see `operator_forms`
         return any(map(self.reach, masks_of(func, args)))
 
     # ------------------------------------------------------------------ randomness
