@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gimli_compile.condition_text import expression
 from gimli_compile.custom_functions import custom_functions_recorded
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
+from gimli_compile.loss_conditions import Captured, with_conditions
 from gimli_compile.model_view import ModelView, changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import LOSS_PASSES, lower
@@ -30,53 +29,9 @@ from gimli_compile.provenance import user_source
 from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
-from gimli_compile.transforms import is_everywhere
 from gimli_compile.tree_slots import Returned, reach_of, tree_slots
-from gimli_compile.update_capture import ancestors
-from gimli_compile.variant import Condition, split_guards
 
-
-@dataclass(frozen=True)
-class Captured:
-    """A captured program and the conditions under which it holds.
-
-    They are branches on integers and buffers, and in torch's own checks; how many elements a mask selects; and, where
-    the user allows it, branches on values. `decide` computes those `before` that follow from batch and buffers alone.
-    """
-
-    program: Program
-    before: tuple[Condition, ...]
-    after: tuple[Condition, ...]
-    decide: Program | None
-
-    def fits(self, values: Mapping[Slot, torch.Tensor], draws: Mapping[Slot, torch.Tensor]) -> bool:
-        """Tells, before it runs, whether the program is the one for these inputs, as far as they say."""
-        made = ((node.meta["val"].shape, draws[slot].shape) for slot, node in self._noise if slot in draws)
-        if any(own != shape for own, shape in made):
-            return False
-        if self.decide is None:
-            return True
-        with torch.no_grad():
-            found = self.decide(values)
-        return _hold(self.before, found)
-
-    def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
-        """Tells whether the other conditions came out as they did at capture."""
-        return _hold(self.after, results)
-
-    @property
-    def guards(self) -> tuple[str, ...]:
-        """The conditions as text."""
-        return tuple(dict.fromkeys(map(str, (*self.before, *self.after))))
-
-    @cached_property
-    def _noise(self) -> list[tuple[Slot, fx.Node]]:
-        pairs = zip(self.program.inputs, self.program.placeholders, strict=True)
-        return [(slot, node) for slot, node in pairs if slot.role is Role.NOISE]
-
-
-def _hold(conditions: Iterable[Condition], found: Mapping[Slot, torch.Tensor]) -> bool:
-    return all(is_everywhere(found[one.slot].detach(), one.outcome) for one in conditions)
+Place = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -150,11 +105,12 @@ class _Run:
         return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
     @contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Runs the model with the traced tensors, everything recorded."""
+    def tracing(self, kept: Mapping[Place, torch.Tensor] | None = None) -> Iterator[None]:
+        """Runs the model with the traced tensors, everything recorded; `kept` are attributes that a run before set."""
         before, attributes = self.view.signature(), self.view.tensor_attributes()
         tensors = {**self.params, **self.buffers}
         with self.view.substituted(tensors), differentiable_forms(), torch.enable_grad():
+            self.view.set_attributes(kept or {})
             recorder = self.recorder
             modules = modules_of(type(module) for module in self.view.modules())
             with (
@@ -167,21 +123,32 @@ class _Run:
             ):
                 yield
             self.new_buffers = self.view.read_buffers()
+            refuse_grown(self.view, self.recorder, tensors)
             self._refuse_replaced(attributes)
+            after = self.view.tensor_attributes().items()
+            self.left = {
+                place: value.detach().clone()
+                for place, value in after
+                if attributes.get(place) is not value and recorder.reach(value)
+            }
             warn_of_changes(changed_attributes(before, self.view.signature()))
 
-    def _refuse_replaced(self, before: dict[tuple[int, str], torch.Tensor]) -> None:
-        """Refuses a model that reads a plain tensor attribute and puts another tensor in its place."""
+    def _refuse_replaced(self, before: Mapping[Place, torch.Tensor]) -> None:
         after = self.view.tensor_attributes()
+        self.refuse_use({place: tensor for place, tensor in before.items() if after.get(place) is not tensor})
+
+    def refuse_use(self, set_by_runs: Mapping[Place, torch.Tensor]) -> None:
+        """Refuses a model that reads a plain tensor attribute which its runs set."""
         used = {id(tensor) for tensor in self.recorder.constants.values()}
-        for place, tensor in before.items():
-            if id(tensor) in used and after.get(place) is not tensor:
+        for place, tensor in set_by_runs.items():
+            if id(tensor) in used:
                 raise CaptureError(
                     compose_message(
-                        f"the model reads its attribute `{place[1]}` and then replaces it by another tensor",
+                        f"the model reads its attribute `{place[1]}`, which its runs replace by other tensors",
                         None,
                         "The next step of eager training depends on it, and the program would not.",
-                        "Make it a buffer: `register_buffer`.",
+                        "Make it a buffer: `register_buffer`. If only the first run sets it, call the model once on a "
+                        "batch before `functionalize`.",
                     )
                 )
 
@@ -203,24 +170,22 @@ class _Run:
         program = Program(
             title, name, recorder.graph, tuple(recorder.inputs), tuple(results), recorder.constants, recorder.draws
         )
-        return _with_conditions(lower(program, LOSS_PASSES), outcomes)
+        return with_conditions(lower(program, LOSS_PASSES), outcomes)
 
 
-def _with_conditions(program: Program, outcomes: Mapping[Slot, bool]) -> Captured:
-    """Sorts the conditions of a program by whether they can be decided before it runs."""
-    slot_of = dict(zip(program.placeholders, program.inputs, strict=True))
-    ancestry = ancestors(program)
-    before: dict[Any, Condition] = {}
-    after: dict[Any, Condition] = {}
-    for slot in (slot for slot in program.results if slot.role is Role.GUARD):
-        node, outcome = program.result_of(slot), outcomes.get(slot, True)
-        roles = {slot_of[leaf].role for leaf in ancestry[node]}
-        if not roles:
-            continue
-        found = before if roles <= {Role.BATCH, Role.BUFFER} else after
-        found.setdefault((node, outcome), Condition(slot, outcome, expression(node)))
-    main, decide = split_guards(program, list(before.values()))
-    return Captured(main, tuple(before.values()), tuple(after.values()), decide)
+def refuse_grown(view: ModelView, recorder: Recorder, known: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a model that makes parameters while it runs, or buffers that are not the same in every run."""
+    made = {name: "parameter" for name in view.live_params if name not in known}
+    made |= {name: "buffer" for name, b in view.live_buffers.items() if name not in known and recorder.reach(b)}
+    for name, kind in made.items():
+        raise CaptureError(
+            compose_message(
+                f"the model makes its {kind} {name!r} while it runs",
+                None,
+                "All parameters and buffers are inputs of a program, and this one is not there before the first step.",
+                "Call the model once on a batch (`model(x)`), then create the optimizer and call `functionalize`.",
+            )
+        )
 
 
 def warn_of_changes(names: Iterable[str]) -> None:
@@ -238,10 +203,16 @@ def capture_forward(
     view: ModelView, params: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], title: str
 ) -> Forward:
     """Captures `model(*args, **kwargs)`."""
-    run = _Run(view, params, buffers)
-    traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
+
+    def begin() -> tuple[_Run, Callable[[], Any]]:
+        run = _Run(view, params, buffers)
+        traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
+        return run, lambda: view.model(*traced_args, **traced_kwargs)
+
+    run, call = begin()
     with run.tracing():
-        out = view.model(*traced_args, **traced_kwargs)
+        out = call()
+    _look_again(run, begin)
     returned, tensors = Returned.of(out, Role.OUTPUT)
     results = {slot: run.recorder.node_of(tensor) for slot, tensor in tensors.items()}
     return Forward(run.finish(title, "forward", {**results, **run.buffer_results()}), returned)
@@ -258,17 +229,23 @@ def capture_gradient(
     title: str,
 ) -> Captured:
     """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
-    run = _Run(view, params, buffers)
-    traced_batch = run.add_tree(Role.BATCH, batch)
-    arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
-    if takes_meta(loss_fn):
-        arguments = (*arguments, run.add_tree(Role.META, meta))
+
+    def begin() -> tuple[_Run, Callable[[], Any]]:
+        run = _Run(view, params, buffers)
+        traced_batch = run.add_tree(Role.BATCH, batch)
+        arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
+        if takes_meta(loss_fn):
+            arguments = (*arguments, run.add_tree(Role.META, meta))
+        return run, lambda: loss_fn(*arguments)
+
+    run, call = begin()
     trained = {name: run.params[name] for name in wanted}
     with run.tracing():
-        loss = loss_fn(*arguments)
+        loss = call()
         check_loss(loss, loss_fn)
         with run.recorder.in_region(Region.BACKWARD):
             grads = run.after_accumulation(_gradient(loss, trained, loss_fn))
+    _look_again(run, begin)
     results = {Slot(Role.LOSS): run.recorder.node_of(loss)}
     for name, grad in grads.items():
         if run.recorder.sparse.knows(grad):
@@ -278,6 +255,18 @@ def capture_gradient(
         if grad is not None:
             results[Slot(Role.GRAD, name)] = run.recorder.node_of(grad)
     return run.finish(title, "grad", {**results, **run.buffer_results()})
+
+
+def _look_again(run: _Run, begin: Callable[[], tuple[_Run, Callable[[], Any]]]) -> None:
+    """Runs the code once more, with the attributes that the first run left: later steps must not depend on them."""
+    if not run.left:
+        return
+    again, call = begin()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with again.tracing(run.left):
+            call()
+    again.refuse_use(run.left)
 
 
 def _gradient(

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
+from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient
+from gimli_compile.loss_conditions import Captured
 from gimli_compile.model_view import ModelView
 from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order

@@ -124,6 +124,11 @@ class ModelView:
             if isinstance(value, torch.Tensor)
         }
 
+    def set_attributes(self, values: Mapping[tuple[int, str], torch.Tensor]) -> None:
+        """Gives modules plain attributes, by module and name; inside `substituted`, until it is left."""
+        for module in self.modules():
+            vars(module).update({key: value for (owner, key), value in values.items() if owner == id(module)})
+
     def identity(self) -> dict[str, tuple[int, bool]]:
         """Returns which parameters the model has now, and which of them require gradients."""
         return {name: (id(p), p.requires_grad) for name, p in self.live_params.items()}

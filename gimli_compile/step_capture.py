@@ -14,7 +14,7 @@ from gimli_compile.inner_backward import backward_recorded
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.lookups import answering
-from gimli_compile.loss_capture import warn_of_changes
+from gimli_compile.loss_capture import refuse_grown, warn_of_changes
 from gimli_compile.model_view import changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import STEP_PASSES
@@ -66,6 +66,7 @@ class _StepTracing(UpdateTracing):
                 Interception(recorder),
             ):
                 returned = view.call({**self.params, **self.buffers}, self.batch, self.meta, recorder.in_region)
+            refuse_grown(view.model, recorder, {**self.params, **self.buffers})
             warn_of_changes(changed_attributes(before, view.model.signature()))
             return returned
 
