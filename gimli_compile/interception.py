@@ -25,6 +25,7 @@ from gimli_compile.recording import DATA, Recorder, Region
 from gimli_compile.refusals import REFUSED_OPERATORS, branch_on_value
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
 from gimli_compile.selection_rules import SIZE_HANDLERS, with_dimension
+from gimli_compile.size_forms import SIZE_FORMS
 
 Tensor = torch.Tensor
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -378,6 +379,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     **REFUSED_OPERATORS,
     **RULE_HANDLERS,
     **SIZE_HANDLERS,
+    **SIZE_FORMS,
     **EMBEDDING_HANDLERS,
     **OPERATOR_HANDLERS,
 }

@@ -17,6 +17,7 @@ from live_training import (
     run_live,
     sgd,
     squared_error,
+    tokens,
 )
 from torch import nn
 
@@ -76,6 +77,44 @@ class Dropping(Layer):
         return out * 0.3 + F.dropout(out[chosen], 0.4).sum(0)
 
 
+class Distinct(nn.Module):
+    """Embeds each token once, and weighs it by how often it occurs in the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 2)
+
+    def forward(self, tokens):
+        values, place, counts = torch.unique(tokens, return_inverse=True, return_counts=True)
+        often = torch.bincount(tokens.flatten(), minlength=4)
+        return self.embedding(values)[place] / counts[place].unsqueeze(-1) + often[tokens].unsqueeze(-1) * 0.1
+
+
+class Rounding(Layer):
+    """Counts what it computed."""
+
+    def forward(self, x):
+        out = self.layer(x)
+        steps = (out.detach() * 2).round()
+        return out * (1 + 0.1 * steps.unique().numel()) + 0.01 * torch.unique(steps).sum()
+
+
+class Repeating(Layer):
+    def forward(self, batch):
+        x, counts = batch
+        again = self.layer(x[torch.repeat_interleave(counts)])
+        return (again + self.layer(x).repeat_interleave(counts, dim=0).tanh()).cumsum(0) * 0.3
+
+
+def documents(steps):
+    return [(sequence, normal(*sequence.shape, 2, seed=t)) for t, sequence in enumerate(tokens(steps))]
+
+
+def repeated(steps):
+    counts = torch.tensor([[1, 2, 2], [2, 2, 1], [0, 4, 1]])
+    return [((normal(3, 3, seed=t), counts[t % 3]), normal(5, 2, seed=5 + t)) for t in range(steps)]
+
+
 class Gathering(nn.Module):
     """A graph convolution that first replaces the self-loops of its edges, which are integers of the batch."""
 
@@ -121,6 +160,9 @@ TRAININGS = {
     "write": Training(Writing, adamw, squared_error, regression(4)),
     "where": Training(Searching, sgd, squared_error, regression(4)),
     "dropout": Training(Dropping, sgd, squared_error, regression(5)),
+    "distinct": Training(Distinct, sgd, squared_error, documents(4)),
+    "rounding": Training(Rounding, adamw, squared_error, regression(4)),
+    "repeat": Training(Repeating, sgd, squared_error, repeated(4)),
     "self_loops": Training(Gathering, sgd, squared_error, graphs(4)),
     "loss": Training(linear, adamw, masked_error, regression(4)),
 }
