@@ -175,8 +175,11 @@ class _Run:
 
 def refuse_grown(view: ModelView, recorder: Recorder, known: Mapping[str, torch.Tensor]) -> None:
     """Refuses a model that makes parameters while it runs, or buffers that are not the same in every run."""
-    made = {name: "parameter" for name in view.live_params if name not in known}
-    made |= {name: "buffer" for name, b in view.live_buffers.items() if name not in known and recorder.reach(b)}
+    before = {**view.param_names, **view.buffer_names}  # a pytree holds its own tensors beside the modules
+    new = {n: p for n, p in view.live_params.items() if n not in known and id(p) not in before}
+    made = dict.fromkeys(new, "parameter")
+    new = {n: b for n, b in view.live_buffers.items() if n not in known and id(b) not in before}
+    made |= {name: "buffer" for name, value in new.items() if recorder.reach(value)}
     for name, kind in made.items():
         raise CaptureError(
             compose_message(
