@@ -142,6 +142,26 @@ def check_functions(loss_fn: Any, train_step: Any) -> None:
         raise InputError("`loss_fn` and `train_step` exclude each other: a train step evaluates the loss itself.")
 
 
+def check_steps(loss_fn: Any, train_step: Any) -> None:
+    """Refuses to step without a loss."""
+    if loss_fn is None and train_step is None:
+        raise InputError(
+            compose_message(
+                "`step` and `unroll` need a loss",
+                None,
+                "`functionalize(model, optimizer)` was given none.",
+                "Call `functionalize(model, optimizer, loss_fn)`.",
+            )
+        )
+
+
+def guards_branches(branches: Any) -> bool:
+    """Tells whether branches on values are to be guarded; refuses a word for them that means nothing."""
+    if branches not in ("refuse", "guard"):
+        raise InputError(f'branches={branches!r} means nothing. Use "refuse" or "guard": see `functionalize`.')
+    return branches == "guard"
+
+
 def check_train_state(state: Any) -> None:
     """Refuses what is no train state."""
     if not isinstance(state, TrainState):

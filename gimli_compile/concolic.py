@@ -16,7 +16,7 @@ import torch
 
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.provenance import current_source, user_source
-from gimli_compile.recording import COUNTED, DATA, Baked, Guard, Recorder
+from gimli_compile.recording import COUNTED, DATA, Baked, Guard, Recorder, Region
 
 Plain = float | int
 _DISGUISE = -(2**70)  # no index, no size, and no loop over it runs for long
@@ -203,7 +203,9 @@ def guard(recorder: Recorder, condition: torch.Tensor, outcome: bool) -> bool:
 def bake(number: Number, what: str) -> Plain:
     """Returns the plain value and pins it with a guard; the loss of its derivative is reported."""
     value = number.plain
-    if recorder_reach(number) & DATA:
+    recorder = number.recorder
+    follows = recorder.guards_branches and recorder.region is not Region.OPTIMIZER and isinstance(number, int)
+    if recorder_reach(number) & DATA and not follows:
         raise CaptureError(
             compose_message(
                 f"{what.replace('a number', 'a number read from a tensor', 1)}",

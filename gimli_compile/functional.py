@@ -18,10 +18,12 @@ from gimli_compile.argument_checks import (
     check_options,
     check_plain,
     check_state,
+    check_steps,
     check_tensors,
     check_train_state,
+    guards_branches,
 )
-from gimli_compile.errors import InputError, compose_message
+from gimli_compile.errors import InputError
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.loop_options import LoopOptions
@@ -63,6 +65,7 @@ def functionalize(
     train_step: TrainStep | None = None,
     per_parameter: bool = False,
     scheduler: Any = None,
+    branches: str = "refuse",
 ) -> Functional:
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
@@ -84,13 +87,22 @@ def functionalize(
             a program). What it assigns is state, the learning rate among it (`groups.0.lr` of the initial state); what
             it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its
             schedulers itself, this only declares them: their numbers are then part of the program.
+        branches: what to do where the model or the loss asks in Python for a value that depends on parameters, as in
+            `if out.norm() > 1:`. "refuse" says which line does; "guard" gives each outcome a program, which computes
+            its conditions too: where they fail, the step is captured again. See docs/models.md.
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
         CaptureError: a step of the optimizer does not run.
     """
     return Functional(
-        model, optimizer, loss_fn, train_step=train_step, per_parameter=per_parameter, scheduler=scheduler
+        model,
+        optimizer,
+        loss_fn,
+        train_step=train_step,
+        per_parameter=per_parameter,
+        scheduler=scheduler,
+        branches=branches,
     )
 
 
@@ -110,6 +122,7 @@ class Functional:
         train_step: TrainStep | None = None,
         per_parameter: bool = False,
         scheduler: Any = None,
+        branches: str = "refuse",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -119,7 +132,7 @@ class Functional:
         check_functions(loss_fn, train_step)
         self._schedulers = Schedulers(scheduler, are_declared=train_step is not None)
         check_schedulers(self._schedulers, optimizer, per_parameter=per_parameter)
-        self._model_view = ModelView(model)
+        self._model_view = ModelView(model, guards_branches=guards_branches(branches))
         check_optimizer_params(optimizer, self._model_view)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(
@@ -259,15 +272,7 @@ class Functional:
         return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
 
     def _check_step(self, state: TrainState) -> None:
-        if self.loss_fn is None and self.train_step is None:
-            raise InputError(
-                compose_message(
-                    "`step` and `unroll` need a loss",
-                    None,
-                    "`functionalize(model, optimizer)` was given none.",
-                    "Call `functionalize(model, optimizer, loss_fn)`.",
-                )
-            )
+        check_steps(self.loss_fn, self.train_step)
         check_train_state(state)
         check_tensors(state.params, self._model_view.live_params, "state.params")
         check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")

@@ -15,16 +15,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
-from gimli_compile.concolic import Number, bake, number_of
+from gimli_compile.concolic import IntNumber, Number, bake, number_of
 from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.operator_forms import OPERATOR_HANDLERS
 from gimli_compile.operator_rules import RULE_HANDLERS
 from gimli_compile.provenance import called_by_torch, user_source
 from gimli_compile.recording import DATA, Recorder, Region
-from gimli_compile.refusals import REFUSED_OPERATORS
+from gimli_compile.refusals import REFUSED_OPERATORS, branch_on_value
 from gimli_compile.scalar_rules import call_with_numbers, has_tensor_scale
 from gimli_compile.selection_rules import SIZE_HANDLERS, with_dimension
+from gimli_compile.size_forms import SIZE_FORMS
 
 Tensor = torch.Tensor
 _CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -86,16 +87,16 @@ def _is_traced(mode: Interception, value: Any) -> bool:
 
 def _read(mode: Interception, value: Tensor) -> Any:
     recorder = mode.recorder
-    if recorder.region is not Region.OPTIMIZER and recorder.reach(value) & DATA and not called_by_torch():
-        raise CaptureError(
-            compose_message(
-                "the model or the loss turns the value of a tensor into a Python value",
-                user_source(),
-                "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
-                "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch.",
-            )
-        )
-    return number_of(value, recorder)
+    if recorder.region is Region.OPTIMIZER:
+        return number_of(value, recorder)
+    if recorder.reach(value) & DATA and not called_by_torch():
+        if not recorder.guards_branches:
+            raise branch_on_value()
+        with mode:
+            value = value.detach()  # as in eager, no derivative goes through a number
+    number = number_of(value, recorder)
+    # Python's containers read a whole number without asking it: it is a constant from here on.
+    return bake(number, "a whole number read from a tensor") if isinstance(number, IntNumber) else number
 
 
 def _item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
@@ -285,12 +286,12 @@ def _real_kind(value: Any) -> Any:
 
 
 def _get_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    return func(*with_dimension(mode, *tree_map(_pin, args)))
+    return func(*with_dimension(mode, args[0], _pinned_index(args[1])))
 
 
 def _set_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     target, index, value = args
-    target, index = with_dimension(mode, target, tree_map(_pin, index))
+    target, index = with_dimension(mode, target, _pinned_index(index))
     if isinstance(value, Number):
         return call_with_numbers(mode, func, (target, index, value), kwargs)
     if isinstance(index, Tensor) and index.dtype is torch.bool and mode.recorder.extents.knows(value):
@@ -332,6 +333,14 @@ def _plain_only(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     return mode.call(func, tree_map(_pin, args), tree_map(_pin, kwargs))
 
 
+def _pinned_index(index: Any) -> Any:
+    if isinstance(index, slice):
+        return slice(*map(_pin, (index.start, index.stop, index.step)))
+    if type(index) in (tuple, list):
+        return type(index)(map(_pinned_index, index))
+    return _pin(index)
+
+
 def _pin(leaf: Any) -> Any:
     return bake(leaf, "a number used as a size or an index") if isinstance(leaf, Number) else leaf
 
@@ -370,6 +379,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     **REFUSED_OPERATORS,
     **RULE_HANDLERS,
     **SIZE_HANDLERS,
+    **SIZE_FORMS,
     **EMBEDDING_HANDLERS,
     **OPERATOR_HANDLERS,
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.loss_capture import Captured, LossRun, check_loss, inner_gradient, takes_meta
+from gimli_compile.loss_capture import LossRun, check_loss, inner_gradient, takes_meta
+from gimli_compile.loss_conditions import Captured
 from gimli_compile.model_view import ModelView
 from gimli_compile.passes.rematerialization import recompute_blocks
 from gimli_compile.program import Program
@@ -56,7 +58,7 @@ def capture_joint(
     results = {Slot(Role.LOSS): run.recorder.node_of(loss), **run.gradient_results(grads)}
     captured = run.finish(title, "joint", {slot: node for slot, node in results.items() if slot.role is not Role.ROWS})
     _refuse_custom_functions(captured.program)
-    return Captured(recompute_blocks(captured.program), captured.outcomes)
+    return replace(captured, program=recompute_blocks(captured.program))
 
 
 def no_gradient_field(what: str, where: object) -> CaptureError:

@@ -10,7 +10,7 @@ import torch
 from gimli_compile.errors import CaptureError
 from gimli_compile.forward_derivatives import Values, push_forward
 from gimli_compile.joint_capture import CURE, capture_joint, gradient_slot, no_gradient_field
-from gimli_compile.loss_capture import Captured
+from gimli_compile.loss_conditions import Captured
 from gimli_compile.loss_table import LossTable, values_of_loss
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
@@ -51,6 +51,8 @@ class JointGradients:
             if captured is None:
                 captured = self._capture(state, batch, meta, wanted, values, draws)
                 known.append(captured)
+            if not captured.fits(values, draws):
+                continue
             given = {**values, **_draws_of(captured.program, draws)}
             results, tangents = push_forward(captured.program, given, along, CURE)
             if captured.held(results):

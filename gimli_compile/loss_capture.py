@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
+from gimli_compile.loss_conditions import Captured, with_conditions
 from gimli_compile.model_view import ModelView, changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import LOSS_PASSES, lower
@@ -27,20 +29,9 @@ from gimli_compile.provenance import user_source
 from gimli_compile.recording import DATA, HOST, Recorder, Region
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
-from gimli_compile.transforms import is_everywhere
 from gimli_compile.tree_slots import Returned, reach_of, tree_slots
 
-
-@dataclass(frozen=True)
-class Captured:
-    """A captured program and the outcomes of the branches that it took: on buffers, and in torch's own checks."""
-
-    program: Program
-    outcomes: Mapping[Slot, bool]
-
-    def held(self, results: Mapping[Slot, torch.Tensor]) -> bool:
-        """Tells whether the branches come out as they did at capture."""
-        return all(is_everywhere(results[slot].detach(), outcome) for slot, outcome in self.outcomes.items())
+Place = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,10 @@ class Forward:
 
     captured: Captured
     returned: Returned
+
+    def program(self, order: int) -> Program:
+        """Returns the program; without an inner gradient it is of any order."""
+        return self.captured.program
 
     def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
         """Returns the model's output from the program's results."""
@@ -77,6 +72,7 @@ class LossRun:
         self.wanted = frozenset(wanted)
         self.leaves: dict[Slot, torch.Tensor] = {}
         self.recorder = Recorder("loss")
+        self.recorder.guards_branches = view.guards_branches
         self.live = live = view.live_params
         self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
         self.params = {name: self._add_param(name, params[name]) for name in live}
@@ -121,11 +117,12 @@ class LossRun:
         return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
     @contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Runs the model with the traced tensors, everything recorded."""
+    def tracing(self, kept: Mapping[Place, torch.Tensor] | None = None) -> Iterator[None]:
+        """Runs the model with the traced tensors, everything recorded; `kept` are attributes that a run before set."""
         before, attributes = self.view.signature(), self.view.tensor_attributes()
         tensors = {**self.params, **self.buffers}
         with self.view.substituted(tensors), differentiable_forms(), torch.enable_grad():
+            self.view.set_attributes(kept or {})
             recorder = self.recorder
             modules = modules_of(type(module) for module in self.view.modules())
             with (
@@ -138,21 +135,32 @@ class LossRun:
             ):
                 yield
             self.new_buffers = self.view.read_buffers()
+            refuse_grown(self.view, self.recorder, tensors)
             self._refuse_replaced(attributes)
+            after = self.view.tensor_attributes().items()
+            self.left = {
+                place: value.detach().clone()
+                for place, value in after
+                if attributes.get(place) is not value and recorder.reach(value)
+            }
             warn_of_changes(changed_attributes(before, self.view.signature()))
 
-    def _refuse_replaced(self, before: dict[tuple[int, str], torch.Tensor]) -> None:
-        """Refuses a model that reads a plain tensor attribute and puts another tensor in its place."""
+    def _refuse_replaced(self, before: Mapping[Place, torch.Tensor]) -> None:
         after = self.view.tensor_attributes()
+        self.refuse_use({place: tensor for place, tensor in before.items() if after.get(place) is not tensor})
+
+    def refuse_use(self, set_by_runs: Mapping[Place, torch.Tensor]) -> None:
+        """Refuses a model that reads a plain tensor attribute which its runs set."""
         used = {id(tensor) for tensor in self.recorder.constants.values()}
-        for place, tensor in before.items():
-            if id(tensor) in used and after.get(place) is not tensor:
+        for place, tensor in set_by_runs.items():
+            if id(tensor) in used:
                 raise CaptureError(
                     compose_message(
-                        f"the model reads its attribute `{place[1]}` and then replaces it by another tensor",
+                        f"the model reads its attribute `{place[1]}`, which its runs replace by other tensors",
                         None,
                         "The next step of eager training depends on it, and the program would not.",
-                        "Make it a buffer: `register_buffer`.",
+                        "Make it a buffer: `register_buffer`. If only the first run sets it, call the model once on a "
+                        "batch before `functionalize`.",
                     )
                 )
 
@@ -188,7 +196,25 @@ class LossRun:
         program = Program(
             title, name, recorder.graph, tuple(recorder.inputs), tuple(results), recorder.constants, recorder.draws
         )
-        return Captured(lower(program, LOSS_PASSES), outcomes)
+        return with_conditions(lower(program, LOSS_PASSES), outcomes)
+
+
+def refuse_grown(view: ModelView, recorder: Recorder, known: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a model that makes parameters while it runs, or buffers that are not the same in every run."""
+    before = {**view.param_names, **view.buffer_names}  # a pytree holds its own tensors beside the modules
+    new = {n: p for n, p in view.live_params.items() if n not in known and id(p) not in before}
+    made = dict.fromkeys(new, "parameter")
+    new = {n: b for n, b in view.live_buffers.items() if n not in known and id(b) not in before}
+    made |= {name: "buffer" for name, value in new.items() if recorder.reach(value)}
+    for name, kind in made.items():
+        raise CaptureError(
+            compose_message(
+                f"the model makes its {kind} {name!r} while it runs",
+                None,
+                "All parameters and buffers are inputs of a program, and this one is not there before the first step.",
+                "Call the model once on a batch (`model(x)`), then create the optimizer and call `functionalize`.",
+            )
+        )
 
 
 def warn_of_changes(names: Iterable[str]) -> None:
@@ -206,10 +232,16 @@ def capture_forward(
     view: ModelView, params: Tensors, buffers: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any], title: str
 ) -> Forward:
     """Captures `model(*args, **kwargs)`."""
-    run = LossRun(view, params, buffers)
-    traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
+
+    def begin() -> tuple[LossRun, Callable[[], Any]]:
+        run = LossRun(view, params, buffers)
+        traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
+        return run, lambda: view.model(*traced_args, **traced_kwargs)
+
+    run, call = begin()
     with run.tracing():
-        out = view.model(*traced_args, **traced_kwargs)
+        out = call()
+    _look_again(run, begin)
     returned, tensors = Returned.of(out, Role.OUTPUT)
     results = {slot: run.recorder.node_of(tensor) for slot, tensor in tensors.items()}
     return Forward(run.finish(title, "forward", {**results, **run.buffer_results()}), returned)
@@ -226,19 +258,37 @@ def capture_gradient(
     title: str,
 ) -> Captured:
     """Captures the loss, its gradient in the parameters `wanted`, and the new buffers."""
-    run = LossRun(view, params, buffers)
-    traced_batch = run.add_tree(Role.BATCH, batch)
-    arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
-    if takes_meta(loss_fn):
-        arguments = (*arguments, run.add_tree(Role.META, meta))
+
+    def begin() -> tuple[LossRun, Callable[[], Any]]:
+        run = LossRun(view, params, buffers)
+        traced_batch = run.add_tree(Role.BATCH, batch)
+        arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
+        if takes_meta(loss_fn):
+            arguments = (*arguments, run.add_tree(Role.META, meta))
+        return run, lambda: loss_fn(*arguments)
+
+    run, call = begin()
     trained = {name: run.params[name] for name in wanted}
     with run.tracing():
-        loss = loss_fn(*arguments)
+        loss = call()
         check_loss(loss, loss_fn)
         with run.recorder.in_region(Region.BACKWARD):
             grads = run.after_accumulation(inner_gradient(loss, trained, loss_fn))
+    _look_again(run, begin)
     results = {Slot(Role.LOSS): run.recorder.node_of(loss), **run.gradient_results(grads)}
     return run.finish(title, "grad", {**results, **run.buffer_results()})
+
+
+def _look_again(run: LossRun, begin: Callable[[], tuple[LossRun, Callable[[], Any]]]) -> None:
+    """Runs the code once more, with the attributes that the first run left: later steps must not depend on them."""
+    if not run.left:
+        return
+    again, call = begin()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with again.tracing(run.left):
+            call()
+    again.refuse_use(run.left)
 
 
 def inner_gradient(
@@ -272,12 +322,10 @@ def check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
                 "Reduce the loss, for example with `.mean()`.",
             )
         )
-    with torch.no_grad():
-        finite = bool(torch.isfinite(_untraced(loss)))
-    if not finite:
+    if not math.isfinite(_untraced(loss)):
         raise CaptureError(
             compose_message(
-                f"the loss of `{_name(loss_fn)}` is {float(_untraced(loss))} on the values that it is captured with",
+                f"the loss of `{_name(loss_fn)}` is {_untraced(loss)} on the values that it is captured with",
                 _definition(loss_fn),
                 "A program captured from such values could not be checked.",
                 "Check the batch and the parameters for NaN and infinity.",
@@ -285,10 +333,10 @@ def check_loss(loss: Any, loss_fn: Callable[..., Any]) -> None:
         )
 
 
-def _untraced(tensor: torch.Tensor) -> Any:
-    """Returns a copy of the value that no mode follows."""
+def _untraced(tensor: torch.Tensor) -> float:
+    """Returns the value of one element; no mode follows."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        return torch.from_numpy(tensor.detach().to("cpu", torch.float64).numpy().copy())
+        return float(tensor.detach().to("cpu", torch.float64).numpy().item())
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.gradient_flow import carried_buffers
-from gimli_compile.loss_capture import Captured, Forward, capture_forward, capture_gradient
+from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient
+from gimli_compile.loss_conditions import Captured
 from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
-from gimli_compile.passes.liveness import eliminate_dead_code, restrict_results
+from gimli_compile.passes.liveness import compute_only, eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
-from gimli_compile.transforms import outside_transforms, representatives
+from gimli_compile.transforms import generator_states, outside_transforms, representatives, rewind
 from gimli_compile.tree_slots import form, tree_form, tree_slots
 
 
@@ -96,12 +97,33 @@ class LossTable:
         key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
         values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
         known = self.forwards.setdefault(key, [])
-        draws: dict[Slot, torch.Tensor] = {}
-        for forward in _with_new(known, lambda: self._capture_forward(params, buffers, args, kwargs)):
-            program = forward.captured.program
-            results = program({**values, **program.draw(draws)})
-            if forward.captured.held(results):
-                return forward.assemble(results), _new_buffers(buffers, results)
+        capture = partial(self._capture_forward, params, buffers, args, kwargs)
+        forward, results = self._run(known, capture, values, {})
+        return forward.assemble(results), _new_buffers(buffers, results)
+
+    def _run(
+        self,
+        known: list[Any],
+        capture: Callable[[], Any],
+        values: Mapping[Slot, torch.Tensor],
+        draws: dict[Slot, torch.Tensor],
+        order: int = 2,
+    ) -> tuple[Any, dict[Slot, torch.Tensor]]:
+        """Runs the first of what is known that holds for these values, or else what a new capture gives.
+
+        What a program drew that then did not hold is drawn again, from the same state of the generators.
+        """
+        for entry in _with_new(known, capture):
+            if not entry.captured.fits(values, draws):
+                continue
+            program, own = entry.program(order), dict(draws)
+            before = generator_states() if program.draws and entry.captured.after else None
+            results = _results_if_held(entry.captured, program, {**values, **program.draw(own)})
+            if results is not None:
+                draws.update(own)
+                return entry, results
+            if before is not None:
+                rewind(before)
         raise _unsettled(self.title)
 
     def _capture_forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Forward:
@@ -125,15 +147,15 @@ class LossTable:
         `model_key` is the model's signature if the caller knows it, as a loop does.
         """
         values = values_of_loss(state, batch, meta)
-        known = self._known(state, batch, meta, trained, model_key)
-        for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
-            program = gradient.program(order)
-            results = program({**values, **program.draw(draws)})
-            if gradient.captured.held(results):
-                return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
-        raise _unsettled(self.title)
+        known = self.known_gradients(state, batch, meta, trained, model_key)
+        capture = partial(self._capture_gradient, state, batch, meta, trained)
+        _, results = self._run(known, capture, values, draws, order)
+        return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
 
-    def _known(self, state: TrainState, batch: Any, meta: Any, trained: list[str], model_key: Any) -> list[Gradient]:
+    def known_gradients(
+        self, state: TrainState, batch: Any, meta: Any, trained: list[str], model_key: Any = None
+    ) -> list[Gradient]:
+        """Returns the gradients that were captured for inputs of this form; the list grows with captures."""
         model_key = self.view.signature() if model_key is None else model_key
         key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
         return self.gradients.setdefault(key, [])
@@ -150,7 +172,9 @@ class LossTable:
         model_key: Any,
     ) -> dict[Slot, torch.Tensor]:
         """Returns the new buffers of a step that was taken before, at `values` of the same form."""
-        for gradient in self._known(state, batch, meta, trained, model_key):
+        for gradient in self.known_gradients(state, batch, meta, trained, model_key):
+            if not gradient.captured.fits(values, draws):
+                continue
             program = gradient.buffers
             results = program({**values, **program.draw(draws)})
             if gradient.captured.held(results):
@@ -173,6 +197,20 @@ class LossTable:
             return Gradient(capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title))
 
 
+def _results_if_held(
+    captured: Captured, program: Program, values: Mapping[Slot, torch.Tensor]
+) -> dict[Slot, torch.Tensor] | None:
+    """Runs a program; None if its conditions do not hold, whether it then fails or not."""
+    try:
+        results = program(values)
+    except Exception:
+        guards = [index for index, slot in enumerate(program.results) if slot.role is Role.GUARD]
+        if not guards or captured.held(compute_only(program, guards)(values)):
+            raise
+        return None
+    return results if captured.held(results) else None
+
+
 def _with_new(known: list[Any], capture: Callable[[], Any]) -> Iterator[Any]:
     """Yields what is known, then what a new capture gives, which is known from then on."""
     yield from list(known)
@@ -183,10 +221,12 @@ def _with_new(known: list[Any], capture: Callable[[], Any]) -> Iterator[Any]:
 def _unsettled(title: str) -> CaptureError:
     return CaptureError(
         compose_message(
-            f"the branches that {title} takes on its values do not settle",
+            f"the branches that {title} takes on its values, or how many elements its masks select, do not settle",
             None,
-            "A program captured from these very values computes other outcomes than the model itself.",
-            "A comparison lies within rounding; perturb the inputs or use float64.",
+            "A program captured from these very values computes other outcomes than the model itself, "
+            "or tasks that run together have different ones.",
+            "A comparison lies within rounding: perturb the inputs or use float64. With tasks: use `torch.where` in "
+            "place of the branch or the selection, or unroll one task at a time.",
         )
     )
 

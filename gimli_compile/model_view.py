@@ -23,11 +23,12 @@ class ModelView:
     has, however many modules hold it: the name that `named_parameters` or `named_buffers` gives it, after the path of
     the module in the pytree (`generator.0.weight`), or its own path in the pytree (`weights.w1`). A tensor that is the
     whole model is called `0`. Tensors of a pytree are parameters; those that the optimizer does not have stay as they
-    are.
+    are. `guards_branches` tells whether its code, and the loss, may branch on values that have derivatives.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, guards_branches: bool = False) -> None:
         self.model = model
+        self.guards_branches = guards_branches
         _refuse_nothing(model)
         _refuse_uninitialized(self)
         refuse_detaching(self.modules())
@@ -122,6 +123,11 @@ class ModelView:
             for key, value in vars(module).items()
             if isinstance(value, torch.Tensor)
         }
+
+    def set_attributes(self, values: Mapping[tuple[int, str], torch.Tensor]) -> None:
+        """Gives modules plain attributes, by module and name; inside `substituted`, until it is left."""
+        for module in self.modules():
+            vars(module).update({key: value for (owner, key), value in values.items() if owner == id(module)})
 
     def identity(self) -> dict[str, tuple[int, bool]]:
         """Returns which parameters the model has now, and which of them require gradients."""

@@ -158,7 +158,7 @@ class OptimizerView:
         live = {name: p for p, name in self.live_params()}
         changing: set[str] = set()
         skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
-        params = {name: p.detach().clone() for name, p in live.items()}
+        params: Tensors = {name: as_leaf(p, requires_grad=p.requires_grad) for name, p in live.items()}
         after = UpdateOutputs(params, skeleton, values)
         with generators_forked():
             for count in range(3):
@@ -319,9 +319,15 @@ def _copied(value: Value) -> Value:
     return to_tensor(value, "tensor") if isinstance(value, torch.Tensor) else value
 
 
+def dense_form(value: torch.Tensor) -> torch.Tensor:
+    """Returns a detached tensor, a sparse one as a dense copy."""
+    value = value.detach()
+    return value.to_dense() if value.layout is torch.sparse_coo else value
+
+
 def _differs(after: Value, before: Value) -> bool:
     if isinstance(after, torch.Tensor) and isinstance(before, torch.Tensor):
-        return after.shape != before.shape or not torch.equal(to_tensor(after, "tensor"), to_tensor(before, "tensor"))
+        return after.shape != before.shape or not torch.equal(dense_form(after), dense_form(before))
     if isinstance(after, torch.Tensor) or isinstance(before, torch.Tensor):
         return True
     return after != before and not (after != after and before != before)

@@ -25,6 +25,8 @@ LOSS_PASSES: tuple[Pass, ...] = (
     lower_scatters,
     use_real_signs,
     write_out_normalization,
+    eliminate_dead_code,
+    lower_selections,
     merge_common_subexpressions,
     eliminate_dead_code,
     refuse_missing_derivatives,

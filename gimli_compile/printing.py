@@ -33,12 +33,8 @@ _SHORT = {
 }
 
 
-def print_program(program: Program, *, is_lean: bool = False) -> str:
-    """Returns the source of a program: a title, one parameter a line, one operator a line, one return.
-
-    With `is_lean`, a value that nothing uses any more is deleted at once.
-    """
-    ends = _last_uses(program) if is_lean else {}
+def print_program(program: Program) -> str:
+    """Returns the source of a program: a title, one parameter a line, one operator a line, one return."""
     lines = [f"# {program.title}", f"def {program.name}("]
     for node in program.placeholders:
         lines.append(_with_comment(f"    {node.name},", describe(node)))
@@ -50,24 +46,8 @@ def print_program(program: Program, *, is_lean: bool = False) -> str:
                 source = node.meta.get("source")
                 lines.append(f"    # {source}" if source is not None else "    #")
             lines.append(_with_comment(f"    {node.name} = {format_call(node)}", describe(node)))
-            if node in ends:
-                lines.append(f"    del {', '.join(ended.name for ended in ends[node])}")
     lines.append(_format_return(program.returned))
     return "\n".join(lines) + "\n"
-
-
-def _last_uses(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Returns, for each node, the values of calls that it is the last to use."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    ended = set(program.returned)
-    for node in reversed(program.graph.nodes):
-        if node.op != "call_function":
-            continue
-        for used in (node, *node.all_input_nodes):
-            if used.op == "call_function" and used not in ended:
-                ended.add(used)
-                found.setdefault(node, []).append(used)
-    return found
 
 
 def print_excerpt(program: Program, around: fx.Node, *, radius: int = 3) -> str:

@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 from gimli_compile import drawing
+from gimli_compile.forward_refusals import refusal_of
 from gimli_compile.metadata import operator_name
 from gimli_compile.printing import print_program, run_namespace
+from gimli_compile.release import compile_releasing
 from gimli_compile.slot import Role, Slot
 from gimli_compile.transforms import in_every_lane
 
@@ -60,24 +62,28 @@ class Program:
 
     @cached_property
     def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The compiled text: takes one tensor for each of `inputs`, constants and draws included."""
-        return self._compiled(self.code)
+        """The compiled text: takes one tensor for each of `inputs`, constants and draws included.
 
-    @cached_property
-    def lean_function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The same with every value freed after its last use, for runs that nothing differentiates in reverse."""
-        return self._compiled(print_program(self, is_lean=True))
-
-    def _compiled(self, code: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+        Values are let go after their last use, which the text does not say.
+        """
         namespace = run_namespace(self.graph)
-        exec(compile(code, f"<gimli_compile {self.name}>", "exec"), namespace)
+        exec(compile_releasing(self.code, self._filename), namespace)
         return namespace[self.name]
 
     def __call__(self, values: Mapping[Slot, torch.Tensor]) -> dict[Slot, torch.Tensor]:
         """Runs on a mapping from slot to tensor; constants are filled in, and draws made unless they are given."""
-        function = self.function if torch.is_grad_enabled() else self.lean_function
-        outputs = function(*(self._bind(slot, values) for slot in self.inputs))
+        try:
+            outputs = self.function(*(self._bind(slot, values) for slot in self.inputs))
+        except (NotImplementedError, RuntimeError) as error:
+            refusal = refusal_of(error, self, self._filename)
+            if refusal is None:
+                raise
+            raise refusal from error
         return dict(zip(self.results, outputs, strict=True))
+
+    @property
+    def _filename(self) -> str:
+        return f"<gimli_compile {self.name}>"
 
     def _bind(self, slot: Slot, values: Mapping[Slot, torch.Tensor]) -> torch.Tensor:
         value = values.get(slot)

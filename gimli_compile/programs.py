@@ -86,9 +86,9 @@ class Programs(Mapping[str, Family]):
 def _families(losses: LossTable, updates: UpdateTable, whole: UpdateTable | None) -> Iterator[tuple[str, Family]]:
     if losses.forwards:
         captured = [forward.captured for group in losses.forwards.values() for forward in group]
-        yield "forward", Family("forward", tuple((one.program, ()) for one in captured))
+        yield "forward", Family("forward", tuple((one.program, one.guards) for one in captured))
     if losses.gradients:
-        yield "grad", Family("grad", tuple((gradient.exact, ()) for gradient in losses.all_gradients))
+        yield "grad", Family("grad", tuple((g.exact, g.captured.guards) for g in losses.all_gradients))
     variants = tuple((variant.program, variant.guards) for variant in updates.variants)
     if variants:
         yield "update", Family("update", variants)

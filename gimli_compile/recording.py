@@ -81,7 +81,8 @@ class Recorder(TorchDispatchMode):
     Tensors are known by identity. A tensor that nobody announced (`add_input`) and no recorded operator made is a
     constant and becomes an input of role CONSTANT that is bound to that very tensor. `name` sets apart the constants
     and draws of programs that are put together. `disguised` is for a second look at code whose counters are not what
-    they seem to those who do not ask them: see `gimli_compile.disguise`.
+    they seem to those who do not ask them: see `gimli_compile.disguise`. `guards_branches` tells whether the model and
+    the loss may branch on values that have derivatives.
     """
 
     def __init__(self, name: str, *, disguised: bool = False) -> None:
@@ -96,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self.guards: list[Guard] = []
         self.baked: list[Baked] = []
         self.region = Region.OPTIMIZER
+        self.guards_branches = False
         self.live: dict[int, str] = {}
         self.kept: dict[Any, str] = {}
         self.extents = Extents(self)
@@ -306,7 +308,7 @@ class Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             raise value_read(func._opname, in_model=self.region is Region.LOSS)
         if torch.Tag.dynamic_output_shape in func.tags and self._shape_varies(func, args):
-            if func in SELECTING and self.region is Region.OPTIMIZER:
+            if func in SELECTING:
                 return
             raise varying_shape(str(func))
 
@@ -324,7 +326,7 @@ class Recorder(TorchDispatchMode):
     def _shape_varies(self, func: Any, args: Any) -> bool:
         """Tells whether the shape of a result depends on values that may change; an index of integers never does."""
         if func is not aten.index.Tensor:
-            return True
+            return func is not aten.linalg_lstsq.default  # its rank is a condition: see `operator_forms`
         return any(map(self.reach, masks_of(func, args)))
 
     # ------------------------------------------------------------------ randomness

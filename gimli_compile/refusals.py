@@ -35,6 +35,19 @@ def live_reference(name: str) -> CaptureError:
     )
 
 
+def branch_on_value() -> CaptureError:
+    """The model or the loss asks for a value that has derivatives."""
+    return CaptureError(
+        compose_message(
+            "the model or the loss turns the value of a tensor into a Python value",
+            user_source(),
+            "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
+            "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch. Or let every outcome "
+            'have a program of its own: `functionalize(..., branches="guard")`.',
+        )
+    )
+
+
 def value_read(operator: str, *, in_model: bool) -> CaptureError:
     """Code reads the value of a tensor where no guard can follow."""
     where = "the model or the loss" if in_model else "the step"

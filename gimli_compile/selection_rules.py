@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gimli_compile.concolic import number_of
+from gimli_compile.recording import Region
 
 if TYPE_CHECKING:
     from gimli_compile.interception import Interception
@@ -22,7 +23,8 @@ def _size(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _number_of_elements(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
-    count = mode.recorder.extents.element_count(args[0])
+    in_step = mode.recorder.region is Region.OPTIMIZER
+    count = mode.recorder.extents.element_count(args[0]) if in_step else None
     return _size(mode, func, args, kwargs) if count is None else number_of(count, mode.recorder)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -150,7 +151,12 @@ class Extents:
         return isinstance(value, torch.Tensor) and value in self._found
 
     def fix(self, *tensors: Any) -> None:
-        """Makes it a condition that these tensors, if they are selections, have the size that they have now."""
+        """Makes it a condition that these tensors, if they are selections, have the size that they have now.
+
+        What the recording itself asks, while it handles an operator, is none.
+        """
+        if _get_current_dispatch_mode() is None:
+            return
         for tensor in tensors:
             if self.knows(tensor):
                 self._expect(self._found[tensor].counts)

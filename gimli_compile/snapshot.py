@@ -276,6 +276,9 @@ def stands_for(value: Any) -> Any:
     return getattr(type(value), "stands_for", type(value))
 
 
+_Adapt = Callable[[Container, Any], Any]
+
+
 def _as_made(_: Container, made: Any) -> Any:
     return made
 
@@ -285,55 +288,66 @@ def installed(
     skeleton: Skeleton,
     value_of: Callable[[Leaf], Any],
     param_of: Callable[[str], Any],
-    adapt: Callable[[Container, Any], Any] = _as_made,
+    adapt: _Adapt = _as_made,
 ) -> Iterator[None]:
     """Fills the live objects of a skeleton with the caller's values, and restores them on leaving.
 
     `adapt` may give another form of each container that is made: empty ones that are filled later, or complete tuples.
     """
-    before: list[tuple[Any, dict[str, Any]]] = []
-    made: dict[int, Any] = {}
-    pending: dict[str, Any] = {}
-
-    def build(part: Any) -> Any:
-        if isinstance(part, Leaf):
-            if part.path not in pending:
-                pending[part.path] = value_of(part)
-            return pending[part.path]
-        if isinstance(part, ParamRef):
-            return param_of(part.name)
-        if isinstance(part, IdRef):
-            return id(param_of(part.name))
-        if isinstance(part, Again):
-            return made[part.index]
-        if not isinstance(part, Container):
-            return part
-        if part.owner is not None:
-            return _fill(part, build, made, before)
-        shell = None if part.fixed else adapt(part, part.make([]))
-        made[part.index] = shell
-        pairs = [(build(key), build(item)) for key, item in part.items]
-        made[part.index] = adapt(part, part.make(pairs)) if part.fixed else _refill(shell, pairs, part.make)
-        return made[part.index]
-
+    filling = _Filling(value_of, param_of, adapt)
     try:
-        build(skeleton.root)
+        filling.build(skeleton.root)
         yield
     finally:
-        for owner, attributes in reversed(before):
+        for owner, attributes in reversed(filling.before):
             object.__setattr__(owner, "__dict__", attributes)
 
 
-def _fill(part: Container, build: Callable[[Any], Any], made: dict[int, Any], before: list[Any]) -> Any:
-    owner = part.owner
-    made[part.index] = owner
-    original = vars(owner)
-    built = [(key, build(item)) for key, item in part.items]
-    attributes = {key: item for key, item in built if not isinstance(key, Companion)}
-    attributes.update({key: item for key, item in original.items() if _is_hook(key)})
-    before.append((owner, original))
-    object.__setattr__(owner, "__dict__", attributes)
-    return owner
+class _Filling:
+    """Builds the parts of a skeleton. Nothing of it refers to itself, so that the values go when it goes."""
+
+    def __init__(self, value_of: Callable[[Leaf], Any], param_of: Callable[[str], Any], adapt: _Adapt) -> None:
+        self.value_of = value_of
+        self.param_of = param_of
+        self.adapt = adapt
+        self.before: list[tuple[Any, dict[str, Any]]] = []
+        self._made: dict[int, Any] = {}
+        self._pending: dict[str, Any] = {}
+
+    def build(self, part: Any) -> Any:
+        """Returns the live form of a part."""
+        if isinstance(part, Leaf):
+            if part.path not in self._pending:
+                self._pending[part.path] = self.value_of(part)
+            return self._pending[part.path]
+        if isinstance(part, ParamRef):
+            return self.param_of(part.name)
+        if isinstance(part, IdRef):
+            return id(self.param_of(part.name))
+        if isinstance(part, Again):
+            return self._made[part.index]
+        if not isinstance(part, Container):
+            return part
+        return self._build_object(part) if part.owner is not None else self._build_container(part)
+
+    def _build_container(self, part: Container) -> Any:
+        shell = None if part.fixed else self.adapt(part, part.make([]))
+        self._made[part.index] = shell
+        pairs = [(self.build(key), self.build(item)) for key, item in part.items]
+        made = self.adapt(part, part.make(pairs)) if part.fixed else _refill(shell, pairs, part.make)
+        self._made[part.index] = made
+        return made
+
+    def _build_object(self, part: Container) -> Any:
+        owner = part.owner
+        self._made[part.index] = owner
+        original = vars(owner)
+        built = [(key, self.build(item)) for key, item in part.items]
+        attributes = {key: item for key, item in built if not isinstance(key, Companion)}
+        attributes.update({key: item for key, item in original.items() if _is_hook(key)})
+        self.before.append((owner, original))
+        object.__setattr__(owner, "__dict__", attributes)
+        return owner
 
 
 def _refill(shell: Any, pairs: list[Any], make: Callable[[list[Any]], Any]) -> Any:

@@ -14,7 +14,7 @@ from gimli_compile.inner_backward import backward_recorded
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.lookups import answering
-from gimli_compile.loss_capture import warn_of_changes
+from gimli_compile.loss_capture import refuse_grown, warn_of_changes
 from gimli_compile.model_view import changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import STEP_PASSES
@@ -22,7 +22,7 @@ from gimli_compile.recording import DATA, HOST, Recorder
 from gimli_compile.slot import Role, Slot
 from gimli_compile.step_view import StepView
 from gimli_compile.train_steps import UserStep
-from gimli_compile.tree_slots import tree_slots
+from gimli_compile.tree_slots import reach_of, tree_slots
 from gimli_compile.update_capture import UpdateTracing, capture, returned_tensors
 from gimli_compile.update_values import StepData, UpdateInputs, UpdateOutputs
 from gimli_compile.variant import UpdateVariant
@@ -42,6 +42,7 @@ class _StepTracing(UpdateTracing):
         self.data: StepData = inputs.data
         self.buffers: dict[str, torch.Tensor] = {}
         model = view.model
+        recorder.guards_branches = model.guards_branches
         recorder.live = {id(tensor): name for name, tensor in (model.live_params | model.live_buffers).items()}
 
     def run(self) -> UpdateOutputs:
@@ -65,6 +66,7 @@ class _StepTracing(UpdateTracing):
                 Interception(recorder),
             ):
                 returned = view.call({**self.params, **self.buffers}, self.batch, self.meta, recorder.in_region)
+            refuse_grown(view.model, recorder, {**self.params, **self.buffers})
             warn_of_changes(changed_attributes(before, view.model.signature()))
             return returned
 
@@ -77,13 +79,13 @@ class _StepTracing(UpdateTracing):
             self.recorder.add_input(Slot(Role.PARAM, name), leaf, DATA)
             self.params[name] = leaf
         for name, value in self.data.buffers.items():
-            self.buffers[name] = self._add(Slot(Role.BUFFER, name), value, DATA if value.dim() else HOST)
+            self.buffers[name] = self._add(Slot(Role.BUFFER, name), value, reach_of(value) if value.dim() else HOST)
         self.batch = self._add_tree(Role.BATCH, self.data.batch)
         self.meta = self._add_tree(Role.META, self.data.meta)
         self._announce_state()
 
     def _add_tree(self, role: Role, tree: Any) -> Any:
-        traced = iter([self._add(slot, value, DATA) for slot, value in tree_slots(role, tree).items()])
+        traced = iter([self._add(slot, value, reach_of(value)) for slot, value in tree_slots(role, tree).items()])
         return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
     def results(self, outputs: UpdateOutputs) -> dict[Slot, fx.Node]:

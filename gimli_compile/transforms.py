@@ -79,6 +79,18 @@ def in_every_lane(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
     return noise
 
 
+def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
+    """Returns torch's default generators with their present states."""
+    devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [(generator, generator.get_state()) for generator in (torch.default_generator, *devices)]
+
+
+def rewind(states: list[tuple[torch.Generator, torch.Tensor]]) -> None:
+    """Puts generators back into these states."""
+    for generator, state in states:
+        generator.set_state(state)
+
+
 def is_differentiated(tensor: torch.Tensor) -> bool:
     """Tells whether somebody differentiates with respect to a tensor, by autograd, torch.func.grad or forward mode."""
     if tensor.requires_grad:

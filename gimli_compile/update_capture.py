@@ -18,6 +18,7 @@ from gimli_compile.host_draws import generators_forked
 from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.lookups import answering
+from gimli_compile.metadata import storage_of
 from gimli_compile.optimizer_view import OptimizerView, as_declared, as_leaf, plain_value
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
@@ -76,6 +77,7 @@ class UpdateTracing:
         self.inputs = inputs
         self.recorder = recorder
         self.first: dict[int, tuple[Slot, torch.Tensor]] = {}
+        self._memory: set[Any] = set()
         self.params: dict[str, torch.Tensor] = {}
         self.grads: dict[str, torch.Tensor | None] = {}
         self.values: dict[str, Any] = {}
@@ -124,10 +126,13 @@ class UpdateTracing:
         if known is not None and known[0].role is slot.role:
             return known[1].clone()
         with self.recorder.paused():
-            traced = value.detach().clone()
+            traced = value.detach()
+            if storage_of(value) in self._memory:  # what a value depends on is known by its memory
+                traced = traced.clone()
+        self._memory.add(storage_of(traced))
         self.recorder.add_input(slot, traced, reach)
         self.first[id(value)] = (slot, traced)
-        return traced.clone()
+        return traced.clone()  # the code that is traced gets a copy; the values themselves are only read
 
     def _add_leaf(self, leaf: Leaf) -> Any:
         value = self.inputs.value_of(leaf)

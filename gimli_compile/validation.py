@@ -7,17 +7,20 @@ number changes. So each number is changed a little, and both run: what differs i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from gimli_compile.comparison import ROUNDINGS, close, largest_change, sampled
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.host_draws import generators_forked
-from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.optimizer_view import OptimizerView, dense_form
 from gimli_compile.owned_generators import generators_kept
+from gimli_compile.passes.liveness import compute_only
+from gimli_compile.program import Program
 from gimli_compile.recording import Baked
 from gimli_compile.skeleton import Leaf, leaves_of
 from gimli_compile.slot import Role, Slot
@@ -27,8 +30,9 @@ from gimli_compile.update_values import UpdateInputs
 from gimli_compile.variant import UpdateVariant
 
 _STEP = 0.01
-_ROUNDINGS = 256
 _JITTERS = 3
+_PARTS = 8
+_SMALL = 1 << 26  # bytes of results that are computed at once in any case
 
 
 def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) -> UpdateVariant:
@@ -45,9 +49,11 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     if found:
         raise _not_reproduced(view, found) if variant.held(program_results(variant, inputs)) else _drawn(view, variant)
     numbers = _numbers(variant, inputs)
-    if not numbers or not _escaped(view, inputs, variant, numbers, expected):
+    base = {slot: sampled(value) for slot, value in expected.items()}
+    del expected
+    if not numbers or not _escaped(view, inputs, variant, numbers, base):
         return variant
-    escaped = [slot for slot in numbers if _escaped(view, inputs, variant, [slot], expected)]
+    escaped = [slot for slot in numbers if _escaped(view, inputs, variant, [slot], base)]
     values = inputs.by_slot()
     pins = dict(variant.pins)
     baked = list(variant.baked)
@@ -91,7 +97,9 @@ def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch
         outputs = view.replay(inputs)
     found = {Slot(Role.PARAM, name): value.detach() for name, value in outputs.params.items()}
     for leaf in leaves_of(outputs.skeleton):
-        found[Slot(Role.STATE, leaf.path)] = to_tensor(outputs.values[leaf.path], leaf.kind)
+        value = outputs.values[leaf.path]  # made by this run: no copy is needed
+        kept = dense_form(value) if isinstance(value, torch.Tensor) else to_tensor(value, leaf.kind)
+        found[Slot(Role.STATE, leaf.path)] = kept
     found.update({Slot(Role.BUFFER, name): value.detach() for name, value in outputs.buffers.items()})
     found.update({slot: value.detach() for slot, value in returned_tensors(outputs.returned)[1].items()})
     return found
@@ -99,15 +107,42 @@ def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch
 
 def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     """Runs the program from the same draws as `eager_results`."""
+    return _run(variant.program, inputs)
+
+
+def _run(program: Program, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
     with generators_forked(), generators_kept(inputs.opt_state.skeleton), torch.no_grad():
-        return variant.program(inputs.by_slot())
+        return program(inputs.by_slot())
+
+
+def _results_in_parts(variant: UpdateVariant, inputs: UpdateInputs) -> Iterator[dict[Slot, torch.Tensor]]:
+    """Yields all results, large ones in several runs; the conditions on tensor values are in the first."""
+    program = variant.program
+    sizes = [node.meta["val"].nbytes for node in program.returned]
+    limit = max(_SMALL, sum(sizes) // _PARTS)
+    if sum(sizes) <= limit:
+        yield _run(program, inputs)
+        return
+    guards = [index for index, slot in enumerate(program.results) if slot.role is Role.GUARD]
+    parts, size = [guards], 0
+    for index in range(len(sizes)):
+        if size + sizes[index] > limit and parts[-1]:
+            parts.append([])
+            size = 0
+        if index not in guards:
+            parts[-1].append(index)
+            size += sizes[index]
+    for part in parts:
+        yield _run(compute_only(program, part), inputs)
 
 
 def _differing(variant: UpdateVariant, inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]) -> list[Slot]:
-    results = program_results(variant, inputs)
     eps = _coarsest(variant)
     return [
-        slot for slot, value in results.items() if slot in expected and not _close(value, expected[slot], eps, None)
+        slot
+        for results in _results_in_parts(variant, inputs)
+        for slot, value in results.items()
+        if slot in expected and not close(value, expected[slot], eps)
     ]
 
 
@@ -122,7 +157,7 @@ def _beyond_rounding(
 
     What cancels to zero is nothing but rounding: the gradient of a bias before a normalization.
     """
-    spread = {slot: torch.zeros_like(_wide(expected[slot])) for slot in slots}
+    spread = dict.fromkeys(slots, 0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_JITTERS):
         try:
@@ -131,11 +166,10 @@ def _beyond_rounding(
             return slots
         for slot in slots:
             if moved[slot].shape == expected[slot].shape:
-                change = (_wide(moved[slot]) - _wide(expected[slot])).abs()
-                spread[slot] = torch.maximum(spread[slot], torch.where(change.isfinite(), change, 0.0))
+                spread[slot] = max(spread[slot], largest_change(moved[slot], expected[slot]))
     results = program_results(variant, inputs)
     eps = _coarsest(variant)
-    return [s for s in slots if not _close(results[s], expected[s], eps, _ROUNDINGS * 100 * spread[s])]
+    return [s for s in slots if not close(results[s], expected[s], eps, ROUNDINGS * 100 * spread[s])]
 
 
 def _jittered(inputs: UpdateInputs, generator: torch.Generator) -> UpdateInputs:
@@ -164,27 +198,6 @@ def _coarsest(variant: UpdateVariant) -> float:
     return found
 
 
-def _close(value: torch.Tensor, expected: torch.Tensor, eps: float, change: torch.Tensor | None) -> bool:
-    """Compares up to rounding, or up to a part of the `change` that the eager result itself made."""
-    if value.shape != expected.shape:
-        return False
-    value, expected = _wide(value.detach()), _wide(expected)
-    if value.numel() == 0 or torch.equal(value, expected):
-        return True
-    same = (value == expected) | (value.isnan() & expected.isnan())
-    difference = torch.where(same, 0.0, (value - expected).abs())
-    finite = torch.where(expected.isfinite(), expected.abs(), 0.0)
-    allowed = finite.max() * _ROUNDINGS * eps
-    if change is not None:
-        allowed = allowed + 1e-2 * change.abs().max()
-    return bool(difference.max() <= allowed)
-
-
-def _wide(value: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor in float64; of a complex one, its real and imaginary parts."""
-    return (torch.view_as_real(value) if value.is_complex() else value).to(torch.float64)
-
-
 def _leaf_values(inputs: UpdateInputs) -> list[tuple[Leaf, torch.Tensor]]:
     return [(leaf, inputs.value_of(leaf)) for leaf in leaves_of(inputs.opt_state.skeleton)]
 
@@ -207,7 +220,7 @@ def _escaped(
     slots: Iterable[Slot],
     base: Mapping[Slot, torch.Tensor],
 ) -> bool:
-    """Tells whether eager and program part when these numbers change."""
+    """Tells whether eager and program part when these numbers change; `base` are samples of eager's results before."""
     changed = perturbed(inputs, set(slots))
     if not variant.holds(changed.by_slot()):
         return False
@@ -215,18 +228,16 @@ def _escaped(
         expected = eager_results(view, changed)
     except CaptureError:
         return False
-    results = program_results(variant, changed)
-    if not variant.held(results):
-        return False
-    change = {slot: _finite_change(expected[slot], base[slot]) for slot in results if slot in expected and slot in base}
+    found: list[Slot] = []
     eps = _coarsest(variant)
-    found = [s for s, moved in change.items() if not _close(results[s], expected[s], eps, moved)]
+    for index, results in enumerate(_results_in_parts(variant, changed)):
+        if index == 0 and not variant.held(results):
+            return False
+        for slot in results.keys() & expected.keys() & base.keys():
+            change = largest_change(sampled(expected[slot]), base[slot])
+            if not close(results[slot], expected[slot], eps, change):
+                found.append(slot)
     return bool(found and _beyond_rounding(view, changed, variant, expected, found))
-
-
-def _finite_change(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    change = _wide(after) - _wide(before)
-    return torch.where(change.isfinite(), change, 0.0) if change.numel() else change.new_zeros(1)
 
 
 def perturbed(inputs: UpdateInputs, slots: set[Slot]) -> UpdateInputs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import fx
+
 from gimli_compile.program import Program
 from gimli_compile.slot import Role
 
@@ -32,12 +34,30 @@ def eliminate_dead_code(program: Program) -> Program:
 
 
 def restrict_results(program: Program, keep: list[int]) -> Program:
-    """Returns the program that computes only the results at these positions."""
+    """Returns the program that computes only the results at these positions; calls that only others need stay."""
     copied = program.copy()
     output = copied.output
     returned = copied.returned
     output.args = (tuple(returned[index] for index in keep),)
     return replace(copied, results=tuple(program.results[index] for index in keep))
+
+
+def compute_only(program: Program, keep: list[int]) -> Program:
+    """Returns the program of the results at these positions, with all inputs: small for few results of a large one."""
+    wanted = [program.returned[index] for index in keep]
+    live, pending = set(wanted), list(wanted)
+    while pending:
+        new = [argument for argument in pending.pop().all_input_nodes if argument not in live]
+        live.update(new)
+        pending.extend(new)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node in live or node.op == "placeholder":
+            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].meta = dict(node.meta)
+    graph.output(tuple(env[node] for node in wanted))
+    return replace(program, graph=graph, results=tuple(program.results[index] for index in keep))
 
 
 def drop_unused_inputs(program: Program, *, roles: tuple[Role, ...] = tuple(Role)) -> Program:

@@ -35,12 +35,10 @@ def lower_selections(program: Program) -> Program:
     Elsewhere the selected elements are gathered by position, as many as there were at capture; that there are so many
     is a result of role GUARD, which must be true. Requires functional programs.
     """
-    if not any(node.target in SELECTING for node in program.graph.nodes):
+    if not any(node.target in SELECTING and node.meta.get("counts") for node in program.graph.nodes):
         return program.copy()
     copied = merge_common_subexpressions(_with_plain_masks(program))
     sites = [node for node in copied.graph.nodes if node.target in SELECTING and node.meta.get("counts")]
-    if not sites:
-        return program.copy()
     guards = _Lowering(copied, sites).run()
     slots = [Slot(Role.GUARD, f"selection.{index}") for index in range(len(guards))]
     copied.output.args = ((*copied.returned, *guards),)

@@ -139,6 +139,20 @@ class Mixer(nn.Module):
         return self.out(h.mean(1))
 
 
+class Excited(nn.Module):
+    """A depthwise convolution with squeeze and excitation."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.depthwise = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm, self.excite, self.out = nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = F.silu(self.norm(self.depthwise(F.silu(self.enter(x)))))
+        gate = self.excite(h.mean((2, 3))).sigmoid()
+        return self.out((h * gate[:, :, None, None]).mean((2, 3)))
+
+
 # ---------------------------------------------------------------------- sequences
 
 
@@ -164,6 +178,62 @@ class LanguageModel(nn.Module):
         if labels is None:
             return Output(None, logits)
         return Output(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0), logits)
+
+
+class Pretrained(nn.Module):
+    """A decoder with tied embeddings, attention kernels, dropout, and a trained correction of frozen projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.norm = nn.Embedding(6, 4), nn.Embedding(8, 4), nn.LayerNorm(4)
+        self.attend, self.project = nn.Linear(4, 12).requires_grad_(False), nn.Linear(4, 4)
+        self.down, self.up = nn.Parameter(0.3 * torch.randn(1, 4)), nn.Parameter(0.3 * torch.randn(12, 1))
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids, labels):
+        shape = (*input_ids.shape, 2, 2)
+        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        h = self.norm(x)
+        parts = (self.attend(h) + F.linear(F.linear(h, self.down), self.up)).chunk(3, -1)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1).transpose(1, 2).flatten(2)
+        logits = self.head(x + self.project(h))
+        return Output(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits)
+
+
+class Translating(nn.Module):
+    """torch's own encoder and decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(6, 4), nn.Linear(4, 6)
+        self.body = nn.Transformer(4, 2, 1, 1, 8, dropout=0.1, batch_first=True)
+
+    def forward(self, input_ids, labels):
+        source, target = self.embedding(input_ids), self.embedding(labels)
+        mask = nn.Transformer.generate_square_subsequent_mask(labels.shape[1], dtype=source.dtype)
+        logits = self.out(self.body(source, target, tgt_mask=mask, tgt_is_causal=True))
+        return Output(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits)
+
+
+class Packing(nn.Module):
+    """A recurrent encoder of sequences of different lengths, which come with the batch."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.recurrent, self.out = kind(3, 4, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+
+    def forward(self, batch):
+        x, lengths = batch
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.recurrent(packed)[0], batch_first=True)
+        return self.out(out.sum(1))
+
+
+def sequences(steps):
+    lengths = torch.tensor([[2, 5, 3], [4, 1, 3], [5, 5, 2]])
+    return [((normal(3, 5, 3, seed=t), lengths[t % 3]), normal(3, 2, seed=9 + t)) for t in range(steps)]
 
 
 class Attending(nn.Module):
@@ -245,6 +315,76 @@ class Flow(nn.Module):
             total = total + logarithm
         density = torch.distributions.Independent(torch.distributions.Normal(self.mean, self.spread), 1)
         return density.log_prob(x) + total
+
+
+class Invertible(nn.Module):
+    """A linear flow with the determinant of its matrix, and a normal density with a full covariance."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(4) + 0.1 * torch.randn(4, 4))
+        self.mean, self.root = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.eye(4) + 0.1 * torch.randn(4, 4))
+
+    def forward(self, x):
+        z = x @ torch.linalg.inv(self.matrix) + torch.linalg.solve(self.root, x.mT).mT * 0.1
+        covariance = self.root @ self.root.mT + 0.1 * torch.eye(4, dtype=x.dtype)
+        density = torch.distributions.MultivariateNormal(self.mean, covariance)
+        return density.log_prob(z) - torch.linalg.slogdet(self.matrix)[1]
+
+
+class Variational(nn.Module):
+    """An autoencoder with a drawn code; returns its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def forward(self, x):
+        mean, spread = self.encode(x).chunk(2, -1)
+        posterior = torch.distributions.Normal(mean, F.softplus(spread))
+        prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+        divergence = torch.distributions.kl_divergence(posterior, prior).mean()
+        return F.mse_loss(self.decode(posterior.rsample()), x) + divergence
+
+
+class Physics(nn.Module):
+    """A network that is trained to solve an equation of its own derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, x):
+        slope = torch.func.vmap(torch.func.grad(lambda point: self.network(point).squeeze()))(x)
+        jacobian = torch.func.jacrev(self.network)(x)
+        return ((slope + self.network(x)) ** 2).mean() + jacobian.square().sum() * 0.01
+
+
+class Generating(nn.Module):
+    """A network whose weights another one makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.maker, self.code, self.layer = nn.Linear(2, 8), nn.Parameter(torch.randn(2)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        made = self.maker(self.code)
+        weights = {"weight": made[:6].view(2, 3) + self.layer.weight, "bias": made[6:]}
+        return torch.func.functional_call(self.layer, weights, (x,))
+
+
+class Solving(nn.Module):
+    """Features with a last layer that is fitted to the batch: a ridge regression."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(3, 4)
+
+    def forward(self, batch):
+        x, y = batch
+        h = self.features(x).tanh()
+        gram = h.mT @ h + 0.1 * torch.eye(4, dtype=h.dtype)
+        return (h @ torch.linalg.lstsq(gram, h.mT @ y).solution - y).square().mean()
 
 
 class Equation(nn.Module):
@@ -343,6 +483,10 @@ class Routed(nn.Module):
 # ---------------------------------------------------------------------- tests
 
 
+def own_value(model, batch):
+    return model(batch)
+
+
 def trained_only(params):
     return sgd([parameter for parameter in params if parameter.requires_grad])
 
@@ -353,10 +497,22 @@ TRAININGS = {
     "vgg": Training(vgg, sgd, cross_entropy, images(3)),
     "unet": Training(UNet, adamw, cross_entropy, segmentation(3)),
     "vision_transformer": Training(VisionTransformer, sgd, cross_entropy, images(3)),
+    "excited": Training(Excited, adamw, cross_entropy, images(3)),
     "mixer": Training(Mixer, adamw, cross_entropy, images(3)),
     "language_model": Training(LanguageModel, sgd, own_loss, keywords(3)),
     "attending": Training(Attending, adamw, own_loss, keywords(3, masked=True)),
     "flow": Training(Flow, adamw, lambda model, x: -model(x).mean(), [normal(5, 4, seed=t) for t in range(3)]),
+    "pretrained": Training(Pretrained, trained_only, own_loss, keywords(3)),
+    "translating": Training(Translating, sgd, own_loss, keywords(3)),
+    "packing": Training(lambda: Packing(nn.LSTM), sgd, squared_error, sequences(3)),
+    "packing_gated": Training(lambda: Packing(nn.GRU), adamw, squared_error, sequences(3)),
+    "invertible": Training(
+        Invertible, sgd, lambda model, x: -model(x).mean(), [normal(5, 4, seed=t) for t in range(3)]
+    ),
+    "variational": Training(Variational, sgd, own_value, [normal(5, 4, seed=t) for t in range(3)]),
+    "physics": Training(Physics, adamw, own_value, [normal(5, 1, seed=t) for t in range(3)]),
+    "generating": Training(Generating, sgd, squared_error, regression(3)),
+    "solving": Training(Solving, adamw, own_value, regression(3)),
     "equation": Training(Equation, sgd, squared_error, regression(3)),
     "adapted": Training(adapted, trained_only, squared_error, regression(3)),
     "graph": Training(GraphNetwork, sgd, cross_entropy, graphs(3)),

@@ -55,7 +55,7 @@ def test_what_runs_takes_what_was_estimated():
         given = sample(program)
         values = [given[slot.path] for slot in program.inputs]
         with torch.no_grad():
-            peak = peak_of(lambda run=program.lean_function, values=values: run(*values))
+            peak = peak_of(lambda run=program.function, values=values: run(*values))
         assert 0.9 * peak_bytes(program) <= peak <= 1.1 * peak_bytes(program)
     assert peak_bytes(program) < made_bytes(program)
 

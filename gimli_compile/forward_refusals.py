@@ -1,0 +1,44 @@
+"""Operators without a forward-mode derivative: torch's words for them, in the user's terms."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.printing import target_name
+
+if TYPE_CHECKING:
+    from gimli_compile.program import Program
+
+_LACKING = re.compile(r"forward(-mode| mode)? (AD|automatic)|\bjvp\b", re.IGNORECASE)
+
+
+def refusal_of(error: Exception, program: Program, filename: str) -> CaptureError | None:
+    """Returns what to raise in place of an error of a program that ran; None if it is about something else."""
+    if not _LACKING.search(str(error)):
+        return None
+    node = _failing_node(error, program, filename)
+    if node is None:
+        return None
+    return CaptureError(
+        compose_message(
+            f"`{target_name(node)}` has no forward-mode derivative",
+            node.meta.get("source"),
+            "`torch.func.jvp` and dual numbers need one of every operator of the program, and torch has no formula for "
+            "this one, which this line calls or whose gradient needs it.",
+            "Differentiate backwards (`torch.autograd.grad`, `torch.func.vjp`), or write the line in other operators.",
+        )
+    )
+
+
+def _failing_node(error: Exception, program: Program, filename: str) -> fx.Node | None:
+    """Returns the node at whose line of the program's text an error was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == filename]
+    if not frames or frames[0].lineno is None:
+        return None
+    name = program.code.splitlines()[frames[0].lineno - 1].partition(" = ")[0].strip()
+    return next((node for node in program.graph.nodes if node.name == name), None)
