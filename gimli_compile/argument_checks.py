@@ -11,21 +11,8 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.protocol import Protocol
-from gimli_compile.snapshot import GROUPS
+from gimli_compile.several_optimizers import kind_of, members
 from gimli_compile.state import Hyperparameters, OptState, TrainState
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optimizer."""
-    if not (callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, GROUPS, None), list)):
-        raise InputError(
-            compose_message(
-                f"{type(optimizer).__name__} is no optimizer: it lacks `step` or `param_groups`",
-                None,
-                "`functionalize` runs the optimizer's own `step`.",
-                "Pass an instance of a `torch.optim.Optimizer` subclass, or of a class that looks like one.",
-            )
-        )
 
 
 def check_plain(protocol: Protocol | None, name: str) -> None:
@@ -43,8 +30,8 @@ def check_plain(protocol: Protocol | None, name: str) -> None:
 
 def check_method(optimizer: Any, method: str) -> None:
     """Refuses a method that the optimizer does not have."""
-    if not callable(getattr(optimizer, method, None)):
-        raise InputError(f"`{type(optimizer).__name__}` has no method {method!r}.")
+    if not any(callable(getattr(one, method, None)) for one in members(optimizer)):
+        raise InputError(f"`{kind_of(optimizer)}` has no method {method!r}.")
 
 
 def check_callable(model: Any) -> None:

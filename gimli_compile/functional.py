@@ -14,7 +14,6 @@ from gimli_compile.argument_checks import (
     check_functions,
     check_method,
     check_model,
-    check_optimizer,
     check_optimizer_params,
     check_options,
     check_plain,
@@ -35,6 +34,7 @@ from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows
 from gimli_compile.schedulers import Schedulers, check_schedulers
+from gimli_compile.several_optimizers import as_one, check_default_step, full_kind_of, groups_by_optimizer, kind_of
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
@@ -65,7 +65,9 @@ def functionalize(
         model: any `nn.Module` whose parameters are initialized; or what is trained in its place: a tensor, or a pytree
             of modules and tensors, such as `(generator, discriminator)` or `{"model": model, "images": images}`. The
             loss gets the same structure; tensors are known by their paths, as `images` or `model.0.weight`.
-        optimizer: any optimizer over the model's parameters, fresh or in the middle of training.
+        optimizer: any optimizer over the model's parameters, fresh or in the middle of training; or a list, tuple or
+            dict of several, which the train step gets as they are (without one, they step along the gradient of the
+            same loss in turn). Their groups are numbered through; see `Hyperparameters`.
         loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
             as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
             The default step evaluates it, runs the backward pass and lets the optimizer step; an optimizer whose `step`
@@ -74,11 +76,12 @@ def functionalize(
             `train_step(model, optimizer, batch, meta)`. It calls `zero_grad`, `backward` and `step` as usual, clips,
             accumulates, evaluates as often as it likes, and returns the loss (or a pytree of tensors).
         per_parameter: gives every parameter a group, and so hyperparameters, of its own.
-        scheduler: a learning-rate scheduler of the optimizer, or a list of them: after `optimizer.step()`, every update
-            runs `scheduler.step()`, or `scheduler.step(loss)` where an argument is required (then only whole steps have
-            a program). What it assigns is state, the learning rate among it (`groups.0.lr` of the initial state); what
-            it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its
-            schedulers itself, this only declares them: their numbers are then part of the program.
+        scheduler: a learning-rate scheduler of the optimizer (of any of several), or a list of them: after
+            `optimizer.step()`, every update runs `scheduler.step()`, or `scheduler.step(loss)` where an argument is
+            required (then only whole steps have a program). What it assigns is state, the learning rate among it
+            (`groups.0.lr` of the initial state); what it reads is a hyperparameter
+            (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its schedulers itself, this only
+            declares them: their numbers are then part of the program.
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
@@ -110,18 +113,15 @@ class Functional:
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.train_step = train_step
-        check_optimizer(optimizer)
         check_functions(loss_fn, train_step)
+        one = as_one(optimizer)
         self._schedulers = Schedulers(scheduler, are_declared=train_step is not None)
-        check_schedulers(self._schedulers, optimizer, per_parameter=per_parameter)
+        check_schedulers(self._schedulers, one, per_parameter=per_parameter)
         self._model_view = ModelView(model)
-        check_optimizer_params(optimizer, self._model_view)
+        check_optimizer_params(one, self._model_view)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
-        self._view = OptimizerView(
-            optimizer, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers
-        )
-        kind = type(optimizer)
-        self._title = f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}"
+        self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
+        self._title = f"{full_kind_of(one)} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._protocol = choose_protocol(self._view, is_needed=train_step is None)
         self._updates = UpdateTable(self._view, self._title)
@@ -136,6 +136,7 @@ class Functional:
         assert self._protocol is not None
         if self._protocol.is_plain:
             return SplitStepper(self._losses, self._updates, self._trained)
+        check_default_step(self._view.optimizer)
         return self._whole(DefaultStep(self.loss_fn or _missing_loss, self._protocol, self._schedulers))
 
     def _whole(self, train_step: DefaultStep | UserStep) -> WholeStepper:
@@ -163,7 +164,8 @@ class Functional:
         used = self._used_paths() | self._view.companion_paths()
         leaves = self._view.hyper_leaves()
         shown = {leaf.path for leaf in leaves if leaf.is_tensor or leaf.path.startswith("groups.") or leaf.path in used}
-        return build_hyperparameters(skeleton, values, shown)
+        optimizers = groups_by_optimizer(self._view.optimizer, per_parameter=self._view.per_parameter)
+        return build_hyperparameters(skeleton, values, shown, optimizers)
 
     def _used_paths(self) -> set[str]:
         """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
@@ -182,7 +184,7 @@ class Functional:
                 self._updates.example(self.init(), self._hyper_values(None), self._trained)
             return self._updates
         state, hyper = self.init(), self._hyper_values(None)
-        evaluate = quadratic_loss(self.optimizer)
+        evaluate = quadratic_loss(self._view.optimizer)
         stepper = self._whole(DefaultStep(lambda *_: evaluate(), self._protocol, self._schedulers))
         with torch.random.fork_rng(), torch.no_grad():
             for _ in range(2):
@@ -225,7 +227,7 @@ class Functional:
         """
         check_tensors(params, self._model_view.live_params, "params")
         check_state(opt_state, self._view)
-        check_plain(self._protocol, type(self.optimizer).__name__)
+        check_plain(self._protocol, kind_of(self._view.optimizer))
         rows = {name: as_rows(grad) for name, grad in grads.items()}
         return self._updates.run(UpdateInputs(params, rows, opt_state, self._hyper_values(hyper)))
 
@@ -236,7 +238,7 @@ class Functional:
         """
         check_train_state(state)
         check_state(state.opt_state, self._view)
-        check_method(self.optimizer, method)
+        check_method(self._view.optimizer, method)
         if method not in self._methods:
             title = self._title.replace(" over ", f".{method} over ", 1)
             self._methods[method] = UpdateTable(MethodView(self._view, method), title)
@@ -342,7 +344,7 @@ class Functional:
         `variant` counts the variants of `programs["update"]` from 0, and is by default one that steps with state take;
         `parameter` is by default the first trained one.
         """
-        check_plain(self._protocol, type(self.optimizer).__name__)
+        check_plain(self._protocol, kind_of(self._view.optimizer))
         return derive_update_rule(self.programs["update"].variants, variant, parameter)
 
     def requirements(
@@ -359,7 +361,7 @@ class Functional:
         Returns:
             The verdicts, with the operators and source lines that cut gradients; print it to read it.
         """
-        check_plain(self._protocol, type(self.optimizer).__name__)
+        check_plain(self._protocol, kind_of(self._view.optimizer))
         values = self._hyper_values(hyper)
         start = self.init() if state is None else state
         captured = capture_for_requirements(self._losses, self._updates, start, values, self._trained, batch, meta)
@@ -380,10 +382,10 @@ class Functional:
         live = ModelView(model)
         check_tensors(state.params, live.live_params, "state.params")
         check_tensors(state.buffers, live.live_buffers, "state.buffers")
-        write_back(self._view, live, optimizer, state, Schedulers(scheduler))
+        write_back(self._view, live, as_one(optimizer), state, Schedulers(scheduler))
 
     def __repr__(self) -> str:
-        return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"
+        return f"Functional({type(self.model).__name__}, {kind_of(self._view.optimizer)})"
 
     def __deepcopy__(self, memo: Any) -> Functional:
         return copy.copy(self)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.several_optimizers import members
 
 
 class Schedulers:
@@ -66,10 +67,13 @@ def check_schedulers(schedulers: Schedulers, optimizer: Any, *, per_parameter: b
                     "Step it in a train step of your own, and pass both: `train_step=` and `scheduler=`.",
                 )
             )
-        if isinstance(getattr(one, "optimizer", None), type(optimizer)) and one.optimizer is not optimizer:
+        held = getattr(one, "optimizer", None)
+        if isinstance(held, tuple(map(type, members(optimizer)))) and all(
+            held is not own for own in members(optimizer)
+        ):
             raise InputError(
                 compose_message(
-                    f"the {name} is that of another {type(optimizer).__name__}",
+                    f"the {name} is that of another {type(held).__name__}",
                     None,
                     "A scheduler changes the groups of its own optimizer.",
                     "Create the scheduler from the optimizer that is passed.",

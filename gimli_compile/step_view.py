@@ -14,6 +14,7 @@ from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, flags_cleared, plain_values
 from gimli_compile.outside import outside_kept
 from gimli_compile.owned_generators import generators_kept
+from gimli_compile.several_optimizers import as_given, members
 from gimli_compile.skeleton import Skeleton, owners_of
 from gimli_compile.snapshot import freeze, grads_set, installed
 from gimli_compile.state import Tensors
@@ -67,8 +68,9 @@ class StepView(OptimizerView):
         if not isinstance(self.train_step, UserStep):
             return nullcontext()
         held = self.model.modules()
+        lists = [one.param_groups for one in members(self.optimizer)]
         groups = self.optimizer.param_groups
-        known = {id(owner) for owner in (*owners_of(self.skeleton), groups, *groups, *held)}
+        known = {id(owner) for owner in (*owners_of(self.skeleton), as_given(self.optimizer), *lists, *groups, *held)}
         return outside_kept(self.train_step.function, known)
 
     def call(

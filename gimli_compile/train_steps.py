@@ -13,6 +13,7 @@ from gimli_compile.loss_capture import check_loss, takes_meta
 from gimli_compile.protocol import Protocol
 from gimli_compile.recording import Region
 from gimli_compile.schedulers import Schedulers
+from gimli_compile.several_optimizers import as_given
 
 Enter = Callable[[Region], AbstractContextManager[None]]
 
@@ -56,7 +57,7 @@ class UserStep:
 
     def __call__(self, model: Any, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
         """Takes the step; returns what the function returns."""
-        arguments = (model, optimizer, batch)
+        arguments = (model, as_given(optimizer), batch)
         return self.function(*((*arguments, meta) if takes_meta(self.function, places=4) else arguments))
 
 

@@ -14,6 +14,7 @@ from gimli_compile.host_draws import generators_forked, host_states
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.recording import Baked
 from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
+from gimli_compile.several_optimizers import kind_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
 from gimli_compile.transforms import is_differentiated, outside_transforms, representatives
@@ -79,7 +80,7 @@ class UpdateTable:
                 return variant, results
         raise CaptureError(
             compose_message(
-                f"the conditions on tensor values in `{type(self.view.optimizer).__name__}.step` do not settle",
+                f"the conditions on tensor values in `{kind_of(self.view.optimizer)}.step` do not settle",
                 None,
                 "A program captured from these very values computes other outcomes than the step itself, "
                 "or tasks that run together have different ones.",

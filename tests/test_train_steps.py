@@ -434,5 +434,19 @@ def test_an_optimizer_with_a_generator_of_torch_draws_what_eager_draws():
             torch.testing.assert_close(state.params[name], value, rtol=1e-12, atol=0)
 
 
+def test_a_weight_decay_of_zero_beside_a_frozen_layer_has_its_derivative():
+    """What the step leaves alone is no result of its program, and was taken for a difference."""
+
+    def frozen():
+        model = network()
+        model[0].requires_grad_(False)
+        return model
+
+    check_gradients(
+        training_of(clipping, lambda params: torch.optim.SGD(params, lr=0.07), steps=3, model=frozen),
+        ["groups.0.lr", "groups.0.weight_decay"],
+    )
+
+
 def test_plain_sgd_without_a_loss_function():
     check_gradients(training_of(two_losses, plain_sgd, steps=3), ["groups.0.lr"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from eager_reference import finite_difference, hyper_leaves, relative_error, set_number
+from eager_reference import finite_difference, get_number, hyper_leaves, relative_error, set_number
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -164,7 +164,8 @@ class Untouched:
 
     def _look(self):
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        state = self.optimizer.state_dict() if hasattr(self.optimizer, "state_dict") else {}
+        each = pytree.tree_leaves(self.optimizer)
+        state = [one.state_dict() for one in each if hasattr(one, "state_dict")]
         state = pytree.tree_map_only(torch.nn.Module, lambda module: (id(module), module.state_dict()), state)
         return {
             "ids": {name: id(tensor) for name, tensor in tensors.items()},
@@ -332,9 +333,7 @@ def hyper_error(training, path, grads):
 
 
 def hyper_value(training, path):
-    _, index, key, *rest = path.split(".")
-    value = training.start()[1].param_groups[int(index)][key]
-    return float(value[int(rest[0])] if rest else value)
+    return get_number(training.start()[1], path)
 
 
 def params_error(training, inputs, grads):
