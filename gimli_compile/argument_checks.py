@@ -118,6 +118,19 @@ def check_functions(loss_fn: Any, train_step: Any) -> None:
         raise InputError("`loss_fn` and `train_step` exclude each other: a train step evaluates the loss itself.")
 
 
+def check_loss_given(loss_fn: Any, train_step: Any) -> None:
+    """Refuses to step without a loss."""
+    if loss_fn is None and train_step is None:
+        raise InputError(
+            compose_message(
+                "`step` and `unroll` need a loss",
+                None,
+                "`functionalize(model, optimizer)` was given none.",
+                "Call `functionalize(model, optimizer, loss_fn)`.",
+            )
+        )
+
+
 def check_train_state(state: Any) -> None:
     """Refuses what is no train state."""
     if not isinstance(state, TrainState):
@@ -203,6 +216,21 @@ def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Te
                     None,
                     "A state belongs to the model that `functionalize` was given.",
                     "Make the state with `init()` of this object.",
+                )
+            )
+
+
+def check_gradients(given: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
+    """Refuses gradients of other parameters, or of other shapes."""
+    for name, grad in given.items():
+        shape = tuple(getattr(getattr(grad, "dense", grad), "shape", ()))
+        if name not in live or shape != tuple(live[name].shape):
+            raise InputError(
+                compose_message(
+                    f"state.grads[{name!r}] has shape {shape}, and is the gradient of no parameter of that shape",
+                    None,
+                    "A train step finds it in `p.grad`.",
+                    "Take states from `init()` and `step()`; an empty dict is that of `zero_grad()`.",
                 )
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from gimli_compile.argument_checks import (
     check_callable,
     check_constants,
     check_functions,
+    check_gradients,
+    check_loss_given,
     check_method,
     check_model,
     check_optimizer_params,
@@ -21,7 +24,7 @@ from gimli_compile.argument_checks import (
     check_tensors,
     check_train_state,
 )
-from gimli_compile.errors import InputError, compose_message
+from gimli_compile.errors import InputError
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
@@ -32,7 +35,7 @@ from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
-from gimli_compile.row_gradients import as_rows
+from gimli_compile.row_gradients import as_rows, gradients_of, put_gradients
 from gimli_compile.schedulers import Schedulers, check_schedulers
 from gimli_compile.several_optimizers import as_one, check_default_step, full_kind_of, groups_by_optimizer, kind_of
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
@@ -150,7 +153,8 @@ class Functional:
         check_options(self._view)
         params = {name: p.detach().clone() for name, p in self._model_view.live_params.items()}
         buffers = {name: b.detach().clone() for name, b in self._model_view.live_buffers.items()}
-        return TrainState(params, buffers, self._view.opt_state())
+        held = {} if self.train_step is None else gradients_of(self._model_view.live_params)
+        return TrainState(params, buffers, self._view.opt_state(), held)
 
     def hyperparameters(self) -> Hyperparameters:
         """Returns the live hyperparameters as tensors: all numbers of group i at `hyper[i]`, float64 and 0-dim.
@@ -242,9 +246,9 @@ class Functional:
         if method not in self._methods:
             title = self._title.replace(" over ", f".{method} over ", 1)
             self._methods[method] = UpdateTable(MethodView(self._view, method), title)
-        inputs = UpdateInputs(state.params, {}, state.opt_state, self._hyper_values(hyper))
+        inputs = UpdateInputs(state.params, state.grads, state.opt_state, self._hyper_values(hyper))
         params, opt_state = self._methods[method].run(inputs)
-        return TrainState(params, state.buffers, opt_state)
+        return replace(state, params=params, opt_state=opt_state)
 
     def step(
         self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None
@@ -254,18 +258,11 @@ class Functional:
         return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
 
     def _check_step(self, state: TrainState) -> None:
-        if self.loss_fn is None and self.train_step is None:
-            raise InputError(
-                compose_message(
-                    "`step` and `unroll` need a loss",
-                    None,
-                    "`functionalize(model, optimizer)` was given none.",
-                    "Call `functionalize(model, optimizer, loss_fn)`.",
-                )
-            )
+        check_loss_given(self.loss_fn, self.train_step)
         check_train_state(state)
         check_tensors(state.params, self._model_view.live_params, "state.params")
         check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
+        check_gradients(state.grads, self._model_view.live_params)
         check_state(state.opt_state, self._view)
 
     def unroll(
@@ -376,6 +373,7 @@ class Functional:
     def load_into(self, model: Any, optimizer: Any, state: TrainState, scheduler: Any = None) -> None:
         """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure.
 
+        With `train_step`, also the gradients that it left, into `p.grad`.
         The state of schedulers goes into `scheduler`; by default, with the optimizer that `functionalize` was given,
         into the scheduler given there.
         """
@@ -383,6 +381,8 @@ class Functional:
         check_tensors(state.params, live.live_params, "state.params")
         check_tensors(state.buffers, live.live_buffers, "state.buffers")
         write_back(self._view, live, as_one(optimizer), state, Schedulers(scheduler))
+        if self.train_step is not None:
+            put_gradients(live.live_params, state.grads)
 
     def __repr__(self) -> str:
         return f"Functional({type(self.model).__name__}, {kind_of(self._view.optimizer)})"

@@ -277,9 +277,22 @@ class MethodView(OptimizerView):
 
     def step(self) -> None:
         """Runs the method."""
+        before = self._gradients()
         for one in members(self.optimizer):
             if callable(getattr(one, self.method, None)):
                 getattr(one, self.method)()
+        if any(now is not was for now, was in zip(self._gradients(), before, strict=True)):
+            raise CaptureError(
+                compose_message(
+                    f"`{self.method}` changes gradients",
+                    None,
+                    "Gradients are no result of a method: those that a train step holds are `state.grads`.",
+                    "Change them there: `dataclasses.replace(state, grads={})` is what `zero_grad()` does.",
+                )
+            )
+
+    def _gradients(self) -> list[torch.Tensor | None]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -40,11 +40,16 @@ class OptState(Mapping[str, torch.Tensor]):
 
 @dataclass
 class TrainState:
-    """Parameters and buffers by name as the model names them, and the optimizer's state. A pytree."""
+    """Parameters and buffers by name as the model names them, and the optimizer's state. A pytree.
+
+    `grads` is what a train step of the user's own leaves in `p.grad`, by name: the next one may add to it. A sparse one
+    is a pair of a dense tensor and a mask of its rows. The default step makes its gradients anew, and leaves none.
+    """
 
     params: Tensors
     buffers: Tensors
     opt_state: OptState
+    grads: dict[str, Any] = field(default_factory=dict)
 
 
 class Hyperparameters:
@@ -198,9 +203,9 @@ def _spans(hyper: Hyperparameters) -> tuple[tuple[str, tuple[int, int]], ...]:
 _register(OptState, _flatten_opt_state, _unflatten_opt_state, _opt_state_keys)
 _register(
     TrainState,
-    lambda state: ([state.params, state.buffers, state.opt_state], None),
+    lambda state: ([state.params, state.buffers, state.opt_state, state.grads], None),
     lambda values, _: TrainState(*values),
-    _attribute_keys("params", "buffers", "opt_state"),
+    _attribute_keys("params", "buffers", "opt_state", "grads"),
 )
 _register(
     Hyperparameters,

@@ -10,7 +10,8 @@ import torch
 
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
-from gimli_compile.slot import Role, Slot
+from gimli_compile.row_gradients import from_slots
+from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.update_table import UpdateTable, assemble
 from gimli_compile.update_values import StepData, UpdateInputs
@@ -69,13 +70,15 @@ class WholeStepper:
         """Returns the new state and what the train step returned: the loss before the step."""
         state = inputs.state
         key = self.model.signature() if inputs.model_key is None else inputs.model_key
-        data = StepData(state.buffers, inputs.batch, inputs.meta, key)
+        data = StepData(state.buffers, inputs.batch, inputs.meta, key, state.grads)
         draws = {} if inputs.draws is None else inputs.draws
         given = UpdateInputs(state.params, {}, state.opt_state, inputs.hyper, draws, data)
         variant, results = self.table.run_variant(given, order=inputs.order)
         params, opt_state = assemble(given, variant, results)
         assert variant.returned is not None
-        return TrainState(params, new_buffers(state.buffers, results), opt_state), variant.returned.assemble(results)
+        held = {name: grad for name, grad in from_slots(results, params, HELD).items() if grad is not None}
+        after = TrainState(params, new_buffers(state.buffers, results), opt_state, held)
+        return after, variant.returned.assemble(results)
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured steps hold."""

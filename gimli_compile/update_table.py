@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -161,13 +161,13 @@ def assemble(
 def representatives_of(inputs: UpdateInputs) -> UpdateInputs:
     """Returns plain tensors in place of those that torch.func wrapped."""
     data = inputs.data
-    given = None if data is None else (data.buffers, data.batch, data.meta)
+    given = None if data is None else (data.buffers, data.batch, data.meta, dict(data.grads))
     params, grads, state, hyper, given = representatives(
         (dict(inputs.params), dict(inputs.grads), dict(inputs.opt_state), dict(inputs.hyper), given)
     )
     if data is not None:
-        buffers, batch, meta = given
-        data = StepData(buffers, batch, meta, data.form)
+        buffers, batch, meta, held = given
+        data = StepData(buffers, batch, meta, data.form, held)
     return UpdateInputs(params, grads, OptState(inputs.opt_state.skeleton, state), hyper, data=data)
 
 
@@ -177,7 +177,7 @@ def signature(inputs: UpdateInputs) -> Any:
     return (
         inputs.opt_state.skeleton,
         tuple((name, form(value)) for name, value in inputs.params.items()),
-        tuple((name, tuple(map(form, _parts(value)))) for name, value in inputs.grads.items()),
+        _gradient_forms(inputs.grads),
         tuple(map(form, state.values())),
         tuple(map(form, hyper.values())),
         partition([part for value in inputs.grads.values() for part in _parts(value)]),
@@ -188,7 +188,12 @@ def signature(inputs: UpdateInputs) -> Any:
 
 
 def _data_form(data: StepData) -> Any:
-    return data.form, tuple(map(form, data.buffers.values())), tree_form((data.batch, data.meta))
+    held = _gradient_forms(data.grads)
+    return data.form, tuple(map(form, data.buffers.values())), tree_form((data.batch, data.meta)), held
+
+
+def _gradient_forms(grads: Mapping[str, Gradient]) -> Any:
+    return tuple((name, tuple(map(form, _parts(value)))) for name, value in grads.items())
 
 
 def _parts(gradient: Gradient) -> tuple[torch.Tensor, ...]:

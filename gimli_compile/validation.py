@@ -19,9 +19,11 @@ from gimli_compile.host_draws import generators_forked
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.recording import Baked
+from gimli_compile.row_gradients import as_rows
+from gimli_compile.row_gradients import by_slot as gradients_by_slot
 from gimli_compile.several_optimizers import kind_of
 from gimli_compile.skeleton import Leaf, leaves_of
-from gimli_compile.slot import Role, Slot
+from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.state import to_tensor
 from gimli_compile.update_capture import returned_tensors
 from gimli_compile.update_values import UpdateInputs
@@ -99,6 +101,8 @@ def eager_results(view: OptimizerView, inputs: UpdateInputs) -> dict[Slot, torch
     for leaf in leaves_of(outputs.skeleton):
         found[Slot(Role.STATE, leaf.path)] = to_tensor(outputs.values[leaf.path], leaf.kind)
     found.update({Slot(Role.BUFFER, name): value.detach() for name, value in outputs.buffers.items()})
+    held = {name: as_rows(grad.detach()) for name, grad in outputs.grads.items()}
+    found.update(gradients_by_slot(held, HELD))
     found.update({slot: value.detach() for slot, value in returned_tensors(outputs.returned)[1].items()})
     return found
 
@@ -155,7 +159,8 @@ def _jittered(inputs: UpdateInputs, generator: torch.Generator) -> UpdateInputs:
 
     data = inputs.data
     if data is not None:
-        data = replace(data, batch=tree_map(jitter, data.batch), buffers=tree_map(jitter, data.buffers))
+        batch, buffers, held = tree_map(jitter, (data.batch, data.buffers, dict(data.grads)))
+        data = replace(data, batch=batch, buffers=buffers, grads=held)
     grads = {name: jitter(grad) for name, grad in inputs.grads.items()}
     return replace(inputs, params={name: jitter(p) for name, p in inputs.params.items()}, grads=grads, data=data)
 
