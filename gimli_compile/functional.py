@@ -13,30 +13,31 @@ from gimli_compile.argument_checks import (
     check_callable,
     check_constants,
     check_functions,
-    check_gradients,
     check_loss_given,
     check_method,
     check_model,
     check_optimizer_params,
     check_options,
     check_plain,
+    check_start,
     check_state,
     check_tensors,
     check_train_state,
 )
 from gimli_compile.errors import InputError
+from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import MethodView, OptimizerView
 from gimli_compile.programs import Programs
-from gimli_compile.protocol import choose_protocol, quadratic_loss
+from gimli_compile.protocol import choose_protocol
 from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows, gradients_of, put_gradients
-from gimli_compile.schedulers import Schedulers, check_schedulers
+from gimli_compile.schedulers import Schedulers, check_objects, check_schedulers
 from gimli_compile.several_optimizers import as_one, check_default_step, full_kind_of, groups_by_optimizer, kind_of
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_capture import capture_step
@@ -61,6 +62,7 @@ def functionalize(
     train_step: TrainStep | None = None,
     per_parameter: bool = False,
     scheduler: Any = None,
+    objects: Mapping[str, Any] | None = None,
 ) -> Functional:
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
@@ -85,13 +87,22 @@ def functionalize(
             (`groups.0.lr` of the initial state); what it reads is a hyperparameter
             (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its schedulers itself, this only
             declares them: their numbers are then part of the program.
+        objects: other objects that the train step uses and changes, by name: `{"scaler": GradScaler("cpu")}`, an
+            average of the weights, a counter. What they hold is state (`state.opt_state["scaler._scale"]`), or a
+            hyperparameter if no step changes it (`hyper.attributes["scaler._growth_factor"]`).
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
         CaptureError: a step of the optimizer does not run.
     """
     return Functional(
-        model, optimizer, loss_fn, train_step=train_step, per_parameter=per_parameter, scheduler=scheduler
+        model,
+        optimizer,
+        loss_fn,
+        train_step=train_step,
+        per_parameter=per_parameter,
+        scheduler=scheduler,
+        objects=objects,
     )
 
 
@@ -111,6 +122,7 @@ class Functional:
         train_step: TrainStep | None = None,
         per_parameter: bool = False,
         scheduler: Any = None,
+        objects: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -118,7 +130,8 @@ class Functional:
         self.train_step = train_step
         check_functions(loss_fn, train_step)
         one = as_one(optimizer)
-        self._schedulers = Schedulers(scheduler, are_declared=train_step is not None)
+        check_objects(objects, has_train_step=train_step is not None)
+        self._schedulers = Schedulers(scheduler, are_declared=train_step is not None, objects=objects)
         check_schedulers(self._schedulers, one, per_parameter=per_parameter)
         self._model_view = ModelView(model)
         check_optimizer_params(one, self._model_view)
@@ -180,20 +193,9 @@ class Functional:
         return every if table is None else table.used_hyperparameters()
 
     def _example_table(self) -> UpdateTable | None:
-        """Returns captured updates along made-up gradients, or along a made-up loss; None if there is no way."""
-        if self._protocol is None:
-            return None
-        if self._protocol.is_plain:
-            if not self._updates.variants:
-                self._updates.example(self.init(), self._hyper_values(None), self._trained)
-            return self._updates
-        state, hyper = self.init(), self._hyper_values(None)
-        evaluate = quadratic_loss(self._view.optimizer)
-        stepper = self._whole(DefaultStep(lambda *_: evaluate(), self._protocol, self._schedulers))
-        with torch.random.fork_rng(), torch.no_grad():
-            for _ in range(2):
-                state, _ = stepper.step(StepInputs(state, None, hyper, None))
-        return stepper.table
+        return example_table(
+            self._protocol, self._updates, self._trained, self._whole, lambda: (self.init(), self._hyper_values(None))
+        )
 
     def _hyper_values(self, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
         check_options(self._view)
@@ -254,16 +256,9 @@ class Functional:
         self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
-        self._check_step(state)
-        return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
-
-    def _check_step(self, state: TrainState) -> None:
         check_loss_given(self.loss_fn, self.train_step)
-        check_train_state(state)
-        check_tensors(state.params, self._model_view.live_params, "state.params")
-        check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
-        check_gradients(state.grads, self._model_view.live_params)
-        check_state(state.opt_state, self._view)
+        check_start(state, self._model_view, self._view)
+        return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
 
     def unroll(
         self,
@@ -301,14 +296,14 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist.
         """
+        check_loss_given(self.loss_fn, self.train_step)
         values = self._hyper_values(hyper, tasks)
-
         model_key = self._model_view.signature()
         checked: list[bool] = []
 
         def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:
             if not checked:  # later states are made here
-                self._check_step(now)
+                check_start(now, self._model_view, self._view)
                 checked.append(True)
             made = self._stepper.step(StepInputs(now, batch, hyper, meta, order, draws, model_key))
             if checkpoint is not None:
@@ -370,17 +365,24 @@ class Functional:
         whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
         return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
 
-    def load_into(self, model: Any, optimizer: Any, state: TrainState, scheduler: Any = None) -> None:
+    def load_into(
+        self,
+        model: Any,
+        optimizer: Any,
+        state: TrainState,
+        scheduler: Any = None,
+        objects: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure.
 
         With `train_step`, also the gradients that it left, into `p.grad`.
-        The state of schedulers goes into `scheduler`; by default, with the optimizer that `functionalize` was given,
-        into the scheduler given there.
+        The state of schedulers and objects goes into `scheduler` and `objects`; by default, with the optimizer that
+        `functionalize` was given, into those given there.
         """
         live = ModelView(model)
         check_tensors(state.params, live.live_params, "state.params")
         check_tensors(state.buffers, live.live_buffers, "state.buffers")
-        write_back(self._view, live, as_one(optimizer), state, Schedulers(scheduler))
+        write_back(self._view, live, as_one(optimizer), state, Schedulers(scheduler, objects=objects))
         if self.train_step is not None:
             put_gradients(live.live_params, state.grads)
 

@@ -13,7 +13,7 @@ from torch import nn
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, plain_value
-from gimli_compile.schedulers import Schedulers
+from gimli_compile.schedulers import SCHEDULER, Schedulers
 from gimli_compile.several_optimizers import SeveralOptimizers, kind_of, members
 from gimli_compile.skeleton import Again, Companion, Container, IdRef, Leaf, ParamRef, containers_of, is_opaque
 from gimli_compile.snapshot import GROUPS, freeze
@@ -63,16 +63,25 @@ def _companions(view: OptimizerView, optimizer: Any, schedulers: Schedulers) -> 
     if not schedulers.companions and _is_that_of(view, optimizer):
         return view.companions
     found = [type(one) for one in schedulers]
-    if found == [type(one) for one in view.schedulers]:
+    if found == [type(one) for one in view.schedulers] and _objects(schedulers.companions) == _objects(view.companions):
         return schedulers.companions
     raise InputError(
         compose_message(
-            f"the state is that of {view.step_name}, and the scheduler passed is {_names(found)}",
+            f"the state is that of {view.step_name}{_and_names(view.companions)}, and the scheduler passed is "
+            f"{_names(found)}{_and_names(schedulers.companions)}",
             None,
-            "A state holds the place in the schedule that its learning rates belong to.",
-            "Pass the schedulers of the optimizer: `load_into(model, optimizer, state, scheduler)`.",
+            "A state holds the place in the schedule that its learning rates belong to, and what objects hold.",
+            "Pass those of the optimizer: `load_into(model, optimizer, state, scheduler, objects)`.",
         )
     )
+
+
+def _objects(companions: Mapping[str, Any]) -> dict[str, type]:
+    return {name: type(one) for name, one in companions.items() if name != SCHEDULER}
+
+
+def _and_names(companions: Mapping[str, Any]) -> str:
+    return "".join(f" and {kind.__name__} {name!r}" for name, kind in _objects(companions).items())
 
 
 def _names(classes: list[type]) -> str:

@@ -62,7 +62,7 @@ class StepView(OptimizerView):
             self.model.substituted(tensors),
             installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__, **options),
             grads_set(leaves, grads),
-            self._outside_kept(),
+            self._outside_kept(skeleton),
             differentiable_forms(),
         ):
             with flags_cleared(self.optimizer):
@@ -72,13 +72,14 @@ class StepView(OptimizerView):
             after, found = freeze(self.optimizer, names, self.opaque, self.companions)
         return UpdateOutputs(dict(leaves), after, found, made, returned, held)
 
-    def _outside_kept(self) -> AbstractContextManager[None]:
+    def _outside_kept(self, skeleton: Skeleton) -> AbstractContextManager[None]:
         if not isinstance(self.train_step, UserStep):
             return nullcontext()
         held = self.model.modules()
         lists = [one.param_groups for one in members(self.optimizer)]
         groups = self.optimizer.param_groups
-        known = {id(owner) for owner in (*owners_of(self.skeleton), as_given(self.optimizer), *lists, *groups, *held)}
+        owned = (*owners_of(self.skeleton), *owners_of(skeleton), as_given(self.optimizer))
+        known = {id(owner) for owner in (*owned, *lists, *groups, *held)}
         return outside_kept(self.train_step.function, known)
 
     def call(
