@@ -118,6 +118,13 @@ def check_functions(loss_fn: Any, train_step: Any) -> None:
         raise InputError("`loss_fn` and `train_step` exclude each other: a train step evaluates the loss itself.")
 
 
+def are_kept(buffers: str) -> bool:
+    """Tells whether a policy for buffers keeps them as they are; refuses one that does not exist."""
+    if buffers not in ("thread", "freeze"):
+        raise InputError(f"buffers={buffers!r} is not an option. Use 'thread' or 'freeze'.")
+    return buffers == "freeze"
+
+
 def check_loss_given(loss_fn: Any, train_step: Any) -> None:
     """Refuses to step without a loss."""
     if loss_fn is None and train_step is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gimli_compile.argument_checks import (
+    are_kept,
     check_callable,
     check_constants,
     check_functions,
@@ -24,7 +25,6 @@ from gimli_compile.argument_checks import (
     check_tensors,
     check_train_state,
 )
-from gimli_compile.errors import InputError
 from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
@@ -63,6 +63,7 @@ def functionalize(
     per_parameter: bool = False,
     scheduler: Any = None,
     objects: Mapping[str, Any] | None = None,
+    buffers: str = "thread",
 ) -> Functional:
     """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
 
@@ -90,6 +91,9 @@ def functionalize(
         objects: other objects that the train step uses and changes, by name: `{"scaler": GradScaler("cpu")}`, an
             average of the weights, a counter. What they hold is state (`state.opt_state["scaler._scale"]`), or a
             hyperparameter if no step changes it (`hyper.attributes["scaler._growth_factor"]`).
+        buffers: "thread" hands buffers on from step to step, as live training does. "freeze" gives a state after a step
+            the buffers before it, all of them: running statistics stay, and in training mode batch norm still
+            normalizes by the batch. That is MAML's usual batch norm: no statistics of one task in another.
 
     Raises:
         InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
@@ -103,6 +107,7 @@ def functionalize(
         per_parameter=per_parameter,
         scheduler=scheduler,
         objects=objects,
+        buffers=buffers,
     )
 
 
@@ -123,14 +128,16 @@ class Functional:
         per_parameter: bool = False,
         scheduler: Any = None,
         objects: Mapping[str, Any] | None = None,
+        buffers: str = "thread",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.train_step = train_step
         check_functions(loss_fn, train_step)
-        one = as_one(optimizer)
         check_objects(objects, has_train_step=train_step is not None)
+        self._keeps_buffers = are_kept(buffers)
+        one = as_one(optimizer)
         self._schedulers = Schedulers(scheduler, are_declared=train_step is not None, objects=objects)
         check_schedulers(self._schedulers, one, per_parameter=per_parameter)
         self._model_view = ModelView(model)
@@ -151,13 +158,13 @@ class Functional:
             return self._whole(UserStep(self.train_step))
         assert self._protocol is not None
         if self._protocol.is_plain:
-            return SplitStepper(self._losses, self._updates, self._trained)
+            return SplitStepper(self._losses, self._updates, self._trained, self._keeps_buffers)
         check_default_step(self._view.optimizer)
-        return self._whole(DefaultStep(self.loss_fn or _missing_loss, self._protocol, self._schedulers))
+        return self._whole(DefaultStep(self.loss_fn, self._protocol, self._schedulers))
 
     def _whole(self, train_step: DefaultStep | UserStep) -> WholeStepper:
         view = StepView(self._view, self._model_view, train_step)
-        return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step))
+        return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step), self._keeps_buffers)
 
     # ------------------------------------------------------------------ values
 
@@ -391,7 +398,3 @@ class Functional:
 
     def __deepcopy__(self, memo: Any) -> Functional:
         return copy.copy(self)
-
-
-def _missing_loss(*_: Any) -> torch.Tensor:
-    raise InputError("There is no loss. Call `functionalize(model, optimizer, loss_fn)`.")

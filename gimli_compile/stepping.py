@@ -31,12 +31,16 @@ class StepInputs:
 
 
 class SplitStepper:
-    """Takes the loss and its gradient from one program and the update from another."""
+    """Takes the loss and its gradient from one program and the update from another.
 
-    def __init__(self, losses: LossTable, updates: UpdateTable, trained: list[str]) -> None:
+    With `keeps_buffers`, those after a step are those before it.
+    """
+
+    def __init__(self, losses: LossTable, updates: UpdateTable, trained: list[str], keeps_buffers: bool) -> None:
         self.losses = losses
         self.updates = updates
         self.trained = trained
+        self.keeps_buffers = keeps_buffers
 
     def step(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor]:
         """Returns the new state and the loss before the step."""
@@ -52,7 +56,7 @@ class SplitStepper:
             model_key=inputs.model_key,
         )
         params, opt_state = self.updates.run(UpdateInputs(state.params, grads, state.opt_state, inputs.hyper, draws))
-        return TrainState(params, buffers, opt_state), loss
+        return TrainState(params, state.buffers if self.keeps_buffers else buffers, opt_state), loss
 
     def constants(self) -> list[torch.Tensor]:
         """Returns the tensors that the captured programs hold."""
@@ -60,11 +64,15 @@ class SplitStepper:
 
 
 class WholeStepper:
-    """Takes whole train steps, each one program: those that call the loss themselves, or differentiate gradients."""
+    """Takes whole train steps, each one program: those that call the loss themselves, or differentiate gradients.
 
-    def __init__(self, model: ModelView, table: UpdateTable) -> None:
+    With `keeps_buffers`, those after a step are those before it.
+    """
+
+    def __init__(self, model: ModelView, table: UpdateTable, keeps_buffers: bool) -> None:
         self.model = model
         self.table = table
+        self.keeps_buffers = keeps_buffers
 
     def step(self, inputs: StepInputs) -> tuple[TrainState, Any]:
         """Returns the new state and what the train step returned: the loss before the step."""
@@ -77,7 +85,8 @@ class WholeStepper:
         params, opt_state = assemble(given, variant, results)
         assert variant.returned is not None
         held = {name: grad for name, grad in from_slots(results, params, HELD).items() if grad is not None}
-        after = TrainState(params, new_buffers(state.buffers, results), opt_state, held)
+        buffers = state.buffers if self.keeps_buffers else new_buffers(state.buffers, results)
+        after = TrainState(params, buffers, opt_state, held)
         return after, variant.returned.assemble(results)
 
     def constants(self) -> list[torch.Tensor]:

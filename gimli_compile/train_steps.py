@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
+from gimli_compile.errors import InputError
 from gimli_compile.loss_capture import check_loss, takes_meta
 from gimli_compile.protocol import Protocol
 from gimli_compile.recording import Region
@@ -21,8 +22,8 @@ Enter = Callable[[Region], AbstractContextManager[None]]
 class DefaultStep:
     """Evaluates the loss and its gradient as the optimizer wants it, and lets the optimizer and its schedulers step."""
 
-    def __init__(self, loss_fn: Callable[..., Any], protocol: Protocol, schedulers: Schedulers) -> None:
-        self.function = loss_fn
+    def __init__(self, loss_fn: Callable[..., Any] | None, protocol: Protocol, schedulers: Schedulers) -> None:
+        self.function = loss_fn or _missing_loss
         self.schedulers = schedulers
         self.protocol = protocol
 
@@ -43,6 +44,10 @@ class DefaultStep:
         loss = self.protocol.step(optimizer, evaluate)
         self.schedulers.follow(loss)
         return loss
+
+
+def _missing_loss(*_: Any) -> torch.Tensor:
+    raise InputError("There is no loss. Call `functionalize(model, optimizer, loss_fn)`.")
 
 
 class UserStep:
