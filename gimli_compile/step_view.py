@@ -14,6 +14,7 @@ from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, flags_cleared, plain_values
 from gimli_compile.outside import outside_kept
 from gimli_compile.owned_generators import generators_kept
+from gimli_compile.records import rebuilt
 from gimli_compile.row_gradients import as_eager
 from gimli_compile.several_optimizers import as_given, members
 from gimli_compile.skeleton import Skeleton, owners_of
@@ -88,7 +89,7 @@ class StepView(OptimizerView):
         """Runs the train step on what model and optimizer hold now; `tensors` are parameters and buffers by name."""
         model = self.model.filled(tensors)
         with torch.enable_grad(), self.train_step.watching(self.model.modules(), enter):
-            return self.train_step(model, self.optimizer, batch, meta, enter)
+            return self.train_step(model, self.optimizer, rebuilt(batch), rebuilt(meta), enter)
 
     def replay(self, inputs: UpdateInputs) -> UpdateOutputs:
         """Runs the train step's own code, not captured, from plain values."""

@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
+from gimli_compile.records import opened
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.state import Tensors, TrainState
@@ -45,11 +46,12 @@ class SplitStepper:
     def step(self, inputs: StepInputs) -> tuple[TrainState, torch.Tensor]:
         """Returns the new state and the loss before the step."""
         state = inputs.state
+        batch, meta = opened((inputs.batch, inputs.meta))
         draws = {} if inputs.draws is None else inputs.draws
         loss, grads, buffers = self.losses.gradient(
             state,
-            inputs.batch,
-            inputs.meta,
+            batch,
+            meta,
             self.trained,
             order=inputs.order,
             draws=draws,
@@ -78,7 +80,8 @@ class WholeStepper:
         """Returns the new state and what the train step returned: the loss before the step."""
         state = inputs.state
         key = self.model.signature() if inputs.model_key is None else inputs.model_key
-        data = StepData(state.buffers, inputs.batch, inputs.meta, key, state.grads)
+        batch, meta = opened((inputs.batch, inputs.meta))
+        data = StepData(state.buffers, batch, meta, key, state.grads)
         draws = {} if inputs.draws is None else inputs.draws
         given = UpdateInputs(state.params, {}, state.opt_state, inputs.hyper, draws, data)
         variant, results = self.table.run_variant(given, order=inputs.order)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.records import opened
 from gimli_compile.state import TrainState
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
@@ -43,6 +44,7 @@ def unroll_steps(
     _check_options(backward, order, truncate)
     if isinstance(loop.batches, Iterator):
         loop = replace(loop, batches=list(loop.batches))
+    loop = replace(loop, batches=opened(loop.batches), meta=opened(loop.meta))
     step_dim = 0
     if tasks is not False:
         dims = (None, 0, None, None) if tasks is True else tasks
@@ -118,13 +120,21 @@ def _over_tasks(loop: Loop, step: Step, dims: tuple[int | None, ...]) -> tuple[L
             noise = dict(noise)
             return *step(state, batch, hyper, meta, noise), noise
 
-        run = torch.func.vmap(one, in_dims=(*inner, noise_dims), randomness="different")
+        parts = zip((state, batch, hyper, meta), inner, strict=True)
+        run = torch.func.vmap(one, in_dims=(*(_dims(*part) for part in parts), noise_dims), randomness="different")
         state, loss, made = run(state, batch, hyper, meta, given)
         if draws is not None:
             draws.update(made)
         return state, loss
 
     return Loop(state, batches, hyper, meta), mapped
+
+
+def _dims(tree: Any, dim: int | None) -> Any:
+    """Returns the dimension of the task for each tensor of a pytree; what is no tensor, all tasks share."""
+    if dim is None or all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(tree)):
+        return dim
+    return pytree.tree_map(lambda leaf: dim if isinstance(leaf, torch.Tensor) else None, tree)
 
 
 def _lead(tree: Any, dim: int | None) -> Any:

@@ -24,6 +24,7 @@ from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
 from gimli_compile.recording import COUNTED, DATA, HOST, Recorder
+from gimli_compile.records import opened
 from gimli_compile.row_gradients import Gradient, Roles, RowGradient
 from gimli_compile.skeleton import Leaf, leaves_of
 from gimli_compile.slot import CARRIED, CROSSING, HELD, Role, Slot
@@ -202,7 +203,7 @@ def returned_tensors(returned: Any) -> tuple[Returned, dict[Slot, torch.Tensor]]
             return leaf.tensor
         return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
 
-    return Returned.of(pytree.tree_map(convert, returned), Role.LOSS)
+    return Returned.of(pytree.tree_map(convert, opened(returned)), Role.LOSS)
 
 
 def _finish(
