@@ -109,8 +109,31 @@ def by_functions(model, optimizer, batch):
     return loss
 
 
+def noisy(model, optimizer, batch):
+    """Noise on every gradient, drawn anew in every step."""
+    optimizer.zero_grad()
+    loss = squared_error(model, batch)
+    loss.backward()
+    for p in model.parameters():
+        p.grad.add_(torch.randn_like(p.grad), alpha=0.05)
+    optimizer.step()
+    return loss
+
+
+def signed(model, optimizer, batch):
+    """Gradients clipped by value, then half of them but their signs."""
+    optimizer.zero_grad()
+    loss = squared_error(model, batch)
+    loss.backward()
+    nn.utils.clip_grad_value_(model.parameters(), 0.2)
+    first, *_ = model.parameters()
+    first.grad.sign_().mul_(0.1)
+    optimizer.step()
+    return loss
+
+
 STEPS = {step.__name__: step for step in (
-    clipping, accumulating, editing, penalizing, two_losses, reading, by_functions
+    clipping, accumulating, editing, penalizing, two_losses, reading, by_functions, noisy, signed
 )}  # fmt: skip
 
 
