@@ -1,7 +1,8 @@
 """A compiler for meta-learning: turns live models and optimizers into pure, differentiable programs."""
 
+from gimli_compile.entry import functionalize
 from gimli_compile.errors import BakedValueWarning, CaptureError, GimliError, InputError, ProgramError
-from gimli_compile.functional import Functional, functionalize
+from gimli_compile.functional import Functional
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.program import Program
 from gimli_compile.state import Hyperparameters, OptState, TrainState

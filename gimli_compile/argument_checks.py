@@ -11,21 +11,8 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.protocol import Protocol
-from gimli_compile.snapshot import GROUPS
+from gimli_compile.several_optimizers import kind_of, members
 from gimli_compile.state import Hyperparameters, OptState, TrainState
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optimizer."""
-    if not (callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, GROUPS, None), list)):
-        raise InputError(
-            compose_message(
-                f"{type(optimizer).__name__} is no optimizer: it lacks `step` or `param_groups`",
-                None,
-                "`functionalize` runs the optimizer's own `step`.",
-                "Pass an instance of a `torch.optim.Optimizer` subclass, or of a class that looks like one.",
-            )
-        )
 
 
 def check_plain(protocol: Protocol | None, name: str) -> None:
@@ -54,8 +41,8 @@ def check_plain(protocol: Protocol | None, name: str) -> None:
 
 def check_method(optimizer: Any, method: str) -> None:
     """Refuses a method that the optimizer does not have."""
-    if not callable(getattr(optimizer, method, None)):
-        raise InputError(f"`{type(optimizer).__name__}` has no method {method!r}.")
+    if not any(callable(getattr(one, method, None)) for one in members(optimizer)):
+        raise InputError(f"`{kind_of(optimizer)}` has no method {method!r}.")
 
 
 def check_callable(model: Any) -> None:
@@ -142,7 +129,14 @@ def check_functions(loss_fn: Any, train_step: Any) -> None:
         raise InputError("`loss_fn` and `train_step` exclude each other: a train step evaluates the loss itself.")
 
 
-def check_steps(loss_fn: Any, train_step: Any) -> None:
+def are_kept(buffers: str) -> bool:
+    """Tells whether a policy for buffers keeps them as they are; refuses one that does not exist."""
+    if buffers not in ("thread", "freeze"):
+        raise InputError(f"buffers={buffers!r} is not an option. Use 'thread' or 'freeze'.")
+    return buffers == "freeze"
+
+
+def check_loss_given(loss_fn: Any, train_step: Any) -> None:
     """Refuses to step without a loss."""
     if loss_fn is None and train_step is None:
         raise InputError(
@@ -247,6 +241,30 @@ def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Te
                     None,
                     "A state belongs to the model that `functionalize` was given.",
                     "Make the state with `init()` of this object.",
+                )
+            )
+
+
+def check_start(state: Any, model: ModelView, view: OptimizerView) -> None:
+    """Refuses to step from what is no state of this model and optimizer."""
+    check_train_state(state)
+    check_tensors(state.params, model.live_params, "state.params")
+    check_tensors(state.buffers, model.live_buffers, "state.buffers")
+    check_gradients(state.grads, model.live_params)
+    check_state(state.opt_state, view)
+
+
+def check_gradients(given: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
+    """Refuses gradients of other parameters, or of other shapes."""
+    for name, grad in given.items():
+        shape = tuple(getattr(getattr(grad, "dense", grad), "shape", ()))
+        if name not in live or shape != tuple(live[name].shape):
+            raise InputError(
+                compose_message(
+                    f"state.grads[{name!r}] has shape {shape}, and is the gradient of no parameter of that shape",
+                    None,
+                    "A train step finds it in `p.grad`.",
+                    "Take states from `init()` and `step()`; an empty dict is that of `zero_grad()`.",
                 )
             )
 

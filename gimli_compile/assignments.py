@@ -7,11 +7,13 @@ not a hyperparameter that turns into state at step 30.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from gimli_compile.skeleton import Companion, Container, Leaf, Skeleton, leaves_of
+from gimli_compile.several_optimizers import members
+from gimli_compile.skeleton import Companion, Container, Leaf, Skeleton, containers_of, leaves_of
 from gimli_compile.snapshot import GROUPS
 
 _MISSING = object()
@@ -40,15 +42,23 @@ def assigned_paths(skeleton: Skeleton, optimizer: Any, run: Callable[[], None]) 
     Of the groups: the numbers whose key is assigned, and those inside of other entries that are other objects
     afterwards. Of the objects: what lies in attributes that are other objects afterwards.
     """
-    owners = [part for part in _owners(skeleton.root) if part.owner is not optimizer]
+    each = members(optimizer)
+    owned = [part for part in containers_of(skeleton) if part.owner is not None]
+    owners = [part for part in owned if all(part.owner is not one for one in each)]
+    holders = [part for part in owned if any(part.owner is one for one in each)]
     before = [dict(vars(part.owner)) for part in owners]
-    paths = _assigned_in_groups(dict(skeleton.root.items).get(GROUPS), optimizer, run)
+    paths: set[str] = set()
+    for part in holders:
+        run = partial(_watch_groups, part, run, paths)
+    run()
     for part, attributes in zip(owners, before, strict=True):
         paths |= _replaced(part, attributes)
     return paths
 
 
-def _assigned_in_groups(part: Any, optimizer: Any, run: Callable[[], None]) -> set[str]:
+def _watch_groups(holder: Container, run: Callable[[], None], paths: set[str]) -> None:
+    """Runs code, and adds what it assigns in the groups of one optimizer."""
+    optimizer, part = holder.owner, dict(holder.items).get(GROUPS)
     plain = list(optimizer.param_groups)
     parts = [group for _, group in part.items] if isinstance(part, Container) else []
     pairs = list(zip(parts, plain, strict=False))
@@ -62,20 +72,10 @@ def _assigned_in_groups(part: Any, optimizer: Any, run: Callable[[], None]) -> s
             group.clear()
             group.update(now)
         optimizer.param_groups[:] = plain
-    paths: set[str] = set()
     for (group, _), now, known in zip(pairs, watched, marks, strict=False):
         entries = group.items if isinstance(group, Container) else ()
         paths |= {item.path for key, item in entries if isinstance(item, Leaf) and key in now.assigned}
         paths |= {leaf.path for leaf, value in _leaves(group, now) if _is_other(_mark(value), known.get(leaf))}
-    return paths
-
-
-def _owners(part: Any) -> Iterator[Container]:
-    if isinstance(part, Container):
-        if part.owner is not None:
-            yield part
-        for _, item in part.items:
-            yield from _owners(item)
 
 
 def _leaves(part: Any, value: Any) -> Iterator[tuple[Leaf, Any]]:

@@ -13,7 +13,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_labels import Label, labels_of, state_slots
 from gimli_compile.loop_node import run_as_node
 from gimli_compile.loop_steps import LoopSteps
-from gimli_compile.slot import Role, Slot
+from gimli_compile.slot import CARRIED, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, TaskSteps
 
@@ -105,7 +105,7 @@ def _split(
     made: Mapping[int, Tensor], after: TrainState, loss: Any, tangents: dict[Label, Tensor]
 ) -> dict[int, Tensor]:
     """Puts the tangents of the new state in the place of those of the old one; returns those of the loss."""
-    for label in [label for label in tangents if label[1].role in (Role.PARAM, Role.BUFFER, Role.STATE)]:
+    for label in [label for label in tangents if label[1].role in CARRIED]:
         del tangents[label]
     slots = list(state_slots(after))
     tangents.update({(None, slot): made[index] for index, slot in enumerate(slots) if index in made})

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from gimli_compile.argument_checks import (
+    are_kept,
     check_callable,
     check_functions,
+    check_loss_given,
     check_method,
     check_model,
-    check_optimizer,
     check_optimizer_params,
     check_options,
     check_plain,
+    check_start,
     check_state,
-    check_steps,
     check_tensors,
     check_train_state,
     guards_branches,
 )
-from gimli_compile.errors import InputError
+from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.loop_options import LoopOptions
@@ -33,13 +36,14 @@ from gimli_compile.loss_table import LossTable
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import MethodView, OptimizerView
 from gimli_compile.programs import Programs
-from gimli_compile.protocol import choose_protocol, quadratic_loss
+from gimli_compile.protocol import choose_protocol
 from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
-from gimli_compile.row_gradients import as_rows
-from gimli_compile.schedulers import Schedulers, check_schedulers
+from gimli_compile.row_gradients import as_rows, gradients_of, put_gradients
+from gimli_compile.schedulers import Schedulers, check_objects, check_schedulers
+from gimli_compile.several_optimizers import as_one, check_default_step, full_kind_of, groups_by_optimizer, kind_of
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.step_capture import capture_step
@@ -55,55 +59,6 @@ from gimli_compile.update_values import UpdateInputs
 
 LossFunction = Callable[..., torch.Tensor]
 TrainStep = Callable[..., Any]
-
-
-def functionalize(
-    model: Any,
-    optimizer: Any,
-    loss_fn: LossFunction | None = None,
-    *,
-    train_step: TrainStep | None = None,
-    per_parameter: bool = False,
-    scheduler: Any = None,
-    branches: str = "refuse",
-) -> Functional:
-    """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
-
-    Args:
-        model: any `nn.Module` whose parameters are initialized; or what is trained in its place: a tensor, or a pytree
-            of modules and tensors, such as `(generator, discriminator)` or `{"model": model, "images": images}`. The
-            loss gets the same structure; tensors are known by their paths, as `images` or `model.0.weight`.
-        optimizer: any optimizer over the model's parameters, fresh or in the middle of training.
-        loss_fn: `loss_fn(model, batch)` or `loss_fn(model, batch, meta)`, returning a scalar tensor. It calls the model
-            as usual; `meta` is a pytree of tensors to differentiate with respect to. Needed for `step` and `unroll`.
-            The default step evaluates it, runs the backward pass and lets the optimizer step; an optimizer whose `step`
-            wants a closure, or gradients with their graph, gets them.
-        train_step: the loop body that you have, in place of a loss: `train_step(model, optimizer, batch)` or
-            `train_step(model, optimizer, batch, meta)`. It calls `zero_grad`, `backward` and `step` as usual, clips,
-            accumulates, evaluates as often as it likes, and returns the loss (or a pytree of tensors).
-        per_parameter: gives every parameter a group, and so hyperparameters, of its own.
-        scheduler: a learning-rate scheduler of the optimizer, or a list of them: after `optimizer.step()`, every update
-            runs `scheduler.step()`, or `scheduler.step(loss)` where an argument is required (then only whole steps have
-            a program). What it assigns is state, the learning rate among it (`groups.0.lr` of the initial state); what
-            it reads is a hyperparameter (`hyper.attributes["scheduler.gamma"]`). With `train_step`, which steps its
-            schedulers itself, this only declares them: their numbers are then part of the program.
-        branches: what to do where the model or the loss asks in Python for a value that depends on parameters, as in
-            `if out.norm() > 1:`. "refuse" says which line does; "guard" gives each outcome a program, which computes
-            its conditions too: where they fail, the step is captured again. See docs/models.md.
-
-    Raises:
-        InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
-        CaptureError: a step of the optimizer does not run.
-    """
-    return Functional(
-        model,
-        optimizer,
-        loss_fn,
-        train_step=train_step,
-        per_parameter=per_parameter,
-        scheduler=scheduler,
-        branches=branches,
-    )
 
 
 class Functional:
@@ -123,23 +78,24 @@ class Functional:
         per_parameter: bool = False,
         scheduler: Any = None,
         branches: str = "refuse",
+        objects: Mapping[str, Any] | None = None,
+        buffers: str = "thread",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.train_step = train_step
-        check_optimizer(optimizer)
         check_functions(loss_fn, train_step)
-        self._schedulers = Schedulers(scheduler, are_declared=train_step is not None)
-        check_schedulers(self._schedulers, optimizer, per_parameter=per_parameter)
+        check_objects(objects, has_train_step=train_step is not None)
+        self._keeps_buffers = are_kept(buffers)
+        one = as_one(optimizer)
+        self._schedulers = Schedulers(scheduler, are_declared=train_step is not None, objects=objects)
+        check_schedulers(self._schedulers, one, per_parameter=per_parameter)
         self._model_view = ModelView(model, guards_branches=guards_branches(branches))
-        check_optimizer_params(optimizer, self._model_view)
+        check_optimizer_params(one, self._model_view)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
-        self._view = OptimizerView(
-            optimizer, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers
-        )
-        kind = type(optimizer)
-        self._title = f"{kind.__module__}.{kind.__qualname__} over {type(model).__name__}"
+        self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
+        self._title = f"{full_kind_of(one)} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._protocol = choose_protocol(self._view, is_needed=train_step is None)
         self._updates = UpdateTable(self._view, self._title)
@@ -155,12 +111,13 @@ class Functional:
             return self._whole(UserStep(self.train_step))
         assert self._protocol is not None
         if self._protocol.is_plain:
-            return SplitStepper(self._losses, self._updates, self._trained)
-        return self._whole(DefaultStep(self.loss_fn or _missing_loss, self._protocol, self._schedulers))
+            return SplitStepper(self._losses, self._updates, self._trained, self._keeps_buffers)
+        check_default_step(self._view.optimizer)
+        return self._whole(DefaultStep(self.loss_fn, self._protocol, self._schedulers))
 
     def _whole(self, train_step: DefaultStep | UserStep) -> WholeStepper:
         view = StepView(self._view, self._model_view, train_step)
-        return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step))
+        return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step), self._keeps_buffers)
 
     # ------------------------------------------------------------------ values
 
@@ -169,7 +126,8 @@ class Functional:
         check_options(self._view)
         params = {name: p.detach().clone() for name, p in self._model_view.live_params.items()}
         buffers = {name: b.detach().clone() for name, b in self._model_view.live_buffers.items()}
-        return TrainState(params, buffers, self._view.opt_state())
+        held = {} if self.train_step is None else gradients_of(self._model_view.live_params)
+        return TrainState(params, buffers, self._view.opt_state(), held)
 
     def hyperparameters(self) -> Hyperparameters:
         """Returns the live hyperparameters as tensors: all numbers of group i at `hyper[i]`, float64 and 0-dim.
@@ -183,7 +141,8 @@ class Functional:
         used = self._used_paths() | self._view.companion_paths()
         leaves = self._view.hyper_leaves()
         shown = {leaf.path for leaf in leaves if leaf.is_tensor or leaf.path.startswith("groups.") or leaf.path in used}
-        return build_hyperparameters(skeleton, values, shown)
+        optimizers = groups_by_optimizer(self._view.optimizer, per_parameter=self._view.per_parameter)
+        return build_hyperparameters(skeleton, values, shown, optimizers)
 
     def _used_paths(self) -> set[str]:
         """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
@@ -194,20 +153,9 @@ class Functional:
         return every if table is None else table.used_hyperparameters()
 
     def _example_table(self) -> UpdateTable | None:
-        """Returns captured updates along made-up gradients, or along a made-up loss; None if there is no way."""
-        if self._protocol is None:
-            return None
-        if self._protocol.is_plain:
-            if not self._updates.variants:
-                self._updates.example(self.init(), self._hyper_values(None), self._trained)
-            return self._updates
-        state, hyper = self.init(), self._hyper_values(None)
-        evaluate = quadratic_loss(self.optimizer)
-        stepper = self._whole(DefaultStep(lambda *_: evaluate(), self._protocol, self._schedulers))
-        with torch.random.fork_rng(), torch.no_grad():
-            for _ in range(2):
-                state, _ = stepper.step(StepInputs(state, None, hyper, None))
-        return stepper.table
+        return example_table(
+            self._protocol, self._updates, self._trained, self._whole, lambda: (self.init(), self._hyper_values(None))
+        )
 
     def _hyper_values(self, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
         check_options(self._view)
@@ -245,7 +193,7 @@ class Functional:
         """
         check_tensors(params, self._model_view.live_params, "params")
         check_state(opt_state, self._view)
-        check_plain(self._protocol, type(self.optimizer).__name__)
+        check_plain(self._protocol, kind_of(self._view.optimizer))
         rows = {name: as_rows(grad) for name, grad in grads.items()}
         return self._updates.run(UpdateInputs(params, rows, opt_state, self._hyper_values(hyper)))
 
@@ -256,27 +204,21 @@ class Functional:
         """
         check_train_state(state)
         check_state(state.opt_state, self._view)
-        check_method(self.optimizer, method)
+        check_method(self._view.optimizer, method)
         if method not in self._methods:
             title = self._title.replace(" over ", f".{method} over ", 1)
             self._methods[method] = UpdateTable(MethodView(self._view, method), title)
-        inputs = UpdateInputs(state.params, {}, state.opt_state, self._hyper_values(hyper))
+        inputs = UpdateInputs(state.params, state.grads, state.opt_state, self._hyper_values(hyper))
         params, opt_state = self._methods[method].run(inputs)
-        return TrainState(params, state.buffers, opt_state)
+        return replace(state, params=params, opt_state=opt_state)
 
     def step(
         self, state: TrainState, batch: Any, hyper: Hyperparameters | None = None, meta: Any = None
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
-        self._check_step(state)
+        check_loss_given(self.loss_fn, self.train_step)
+        check_start(state, self._model_view, self._view)
         return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
-
-    def _check_step(self, state: TrainState) -> None:
-        check_steps(self.loss_fn, self.train_step)
-        check_train_state(state)
-        check_tensors(state.params, self._model_view.live_params, "state.params")
-        check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
-        check_state(state.opt_state, self._view)
 
     def unroll(
         self,
@@ -323,12 +265,13 @@ class Functional:
         Raises:
             InputError: no steps, leading dimensions that differ, or an option that does not exist or fit.
         """
+        check_loss_given(self.loss_fn, self.train_step)
         options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
         values = self._hyper_values(hyper, tasks)
         steps = LoopSteps(
             self._stepper,
             self._adjoint,
-            self._check_step,
+            partial(check_start, model=self._model_view, view=self._view),
             order=order,
             model_key=self._model_view.signature(),
             recomputes=options.recomputes,
@@ -354,7 +297,7 @@ class Functional:
         `variant` counts the variants of `programs["update"]` from 0, and is by default one that steps with state take;
         `parameter` is by default the first trained one.
         """
-        check_plain(self._protocol, type(self.optimizer).__name__)
+        check_plain(self._protocol, kind_of(self._view.optimizer))
         return derive_update_rule(self.programs["update"].variants, variant, parameter)
 
     def requirements(
@@ -371,7 +314,7 @@ class Functional:
         Returns:
             The verdicts, with the operators and source lines that cut gradients; print it to read it.
         """
-        check_plain(self._protocol, type(self.optimizer).__name__)
+        check_plain(self._protocol, kind_of(self._view.optimizer))
         values = self._hyper_values(hyper)
         start = self.init() if state is None else state
         captured = capture_for_requirements(self._losses, self._updates, start, values, self._trained, batch, meta)
@@ -383,23 +326,29 @@ class Functional:
         whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
         return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
 
-    def load_into(self, model: Any, optimizer: Any, state: TrainState, scheduler: Any = None) -> None:
+    def load_into(
+        self,
+        model: Any,
+        optimizer: Any,
+        state: TrainState,
+        scheduler: Any = None,
+        objects: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes parameters, buffers and optimizer state into a live model and optimizer of the same structure.
 
-        The state of schedulers goes into `scheduler`; by default, with the optimizer that `functionalize` was given,
-        into the scheduler given there.
+        With `train_step`, also the gradients that it left, into `p.grad`.
+        The state of schedulers and objects goes into `scheduler` and `objects`; by default, with the optimizer that
+        `functionalize` was given, into those given there.
         """
         live = ModelView(model)
         check_tensors(state.params, live.live_params, "state.params")
         check_tensors(state.buffers, live.live_buffers, "state.buffers")
-        write_back(self._view, live, optimizer, state, Schedulers(scheduler))
+        write_back(self._view, live, as_one(optimizer), state, Schedulers(scheduler, objects=objects))
+        if self.train_step is not None:
+            put_gradients(live.live_params, state.grads)
 
     def __repr__(self) -> str:
-        return f"Functional({type(self.model).__name__}, {type(self.optimizer).__name__})"
+        return f"Functional({type(self.model).__name__}, {kind_of(self._view.optimizer)})"
 
     def __deepcopy__(self, memo: Any) -> Functional:
         return copy.copy(self)
-
-
-def _missing_loss(*_: Any) -> torch.Tensor:
-    raise InputError("There is no loss. Call `functionalize(model, optimizer, loss_fn)`.")

@@ -78,9 +78,11 @@ class _Passes:
 
     def _marked(self, grad: Tensor) -> Tensor:
         """Returns a copy that the program knows as an inner gradient: first-order programs take it as a constant."""
-        copied = grad.clone()
+        sparse = self.recorder.sparse
+        dense, rows = sparse.parts(grad) if sparse.knows(grad) else (grad, None)
+        copied = dense.clone()
         self.recorder.mark_gradient(copied)
-        return copied
+        return copied if rows is None else sparse.make(copied, rows)
 
 
 def _accumulate(leaf: Tensor, grad: Tensor, create_graph: bool) -> None:

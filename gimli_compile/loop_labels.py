@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.slot import Role, Slot
+from gimli_compile.row_gradients import by_slot
+from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.tree_slots import tree_slots
 
@@ -19,7 +20,8 @@ def state_slots(state: TrainState) -> dict[Slot, torch.Tensor]:
     """Returns the leaves of a state by slot, in their order."""
     found = {Slot(Role.PARAM, name): value for name, value in state.params.items()}
     found.update({Slot(Role.BUFFER, name): value for name, value in state.buffers.items()})
-    return {**found, **{Slot(Role.STATE, path): value for path, value in state.opt_state.items()}}
+    found.update({Slot(Role.STATE, path): value for path, value in state.opt_state.items()})
+    return {**found, **by_slot(state.grads, HELD)}
 
 
 def labels_of(inputs: Any) -> list[Label | None]:

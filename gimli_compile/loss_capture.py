@@ -27,6 +27,7 @@ from gimli_compile.pipeline import LOSS_PASSES, lower
 from gimli_compile.program import Program
 from gimli_compile.provenance import user_source
 from gimli_compile.recording import DATA, HOST, Recorder, Region
+from gimli_compile.records import rebuilt
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors
 from gimli_compile.tree_slots import Returned, reach_of, tree_slots
@@ -114,7 +115,7 @@ class LossRun:
         """Announces the tensors of a pytree and returns the pytree of their traced copies."""
         slots = tree_slots(role, tree)
         traced = iter([self.add(slot, value, reach_of(value)) for slot, value in slots.items()])
-        return pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree)
+        return rebuilt(pytree.tree_map(lambda leaf: next(traced) if isinstance(leaf, torch.Tensor) else leaf, tree))
 
     @contextmanager
     def tracing(self, kept: Mapping[Place, torch.Tensor] | None = None) -> Iterator[None]:

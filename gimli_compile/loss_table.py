@@ -17,6 +17,7 @@ from gimli_compile.model_view import ModelView
 from gimli_compile.passes.liveness import compute_only, eliminate_dead_code, restrict_results
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
+from gimli_compile.records import opened
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
@@ -94,6 +95,7 @@ class LossTable:
 
     def forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> tuple[Any, Tensors]:
         """Returns the model's output and the new buffers."""
+        args, kwargs = opened((args, kwargs))
         key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
         values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
         known = self.forwards.setdefault(key, [])

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from gimli_compile.grid_forms import GRID_FORMS
+from gimli_compile.loss_scaling_forms import LOSS_SCALING_FORMS
 from gimli_compile.recurrent_forms import RECURRENT_FORMS
 from gimli_compile.written_gradients import with_gradient
 
@@ -149,6 +150,7 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     _nn.multilabel_margin_loss: _multilabel_margin_loss,
     **RECURRENT_FORMS,
     **GRID_FORMS,
+    **LOSS_SCALING_FORMS,
 }
 OPERATOR_HANDLERS: dict[Any, Callable[[Any, Any, Any, Any], Any]] = {
     **dict.fromkeys(_FORMS, _replaced),

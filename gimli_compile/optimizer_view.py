@@ -20,7 +20,19 @@ from gimli_compile.owned_generators import generators_kept
 from gimli_compile.provenance import raised_at, user_source
 from gimli_compile.row_gradients import as_eager
 from gimli_compile.schedulers import Schedulers
-from gimli_compile.skeleton import Companion, Leaf, Skeleton, Value, leaves_of, opaque_of, owners_of, parts_by_parameter
+from gimli_compile.several_optimizers import members
+from gimli_compile.skeleton import (
+    Companion,
+    Container,
+    Leaf,
+    Skeleton,
+    Value,
+    containers_of,
+    leaves_of,
+    opaque_of,
+    owners_of,
+    parts_by_parameter,
+)
 from gimli_compile.snapshot import GROUPS, freeze, grads_set, installed, is_number
 from gimli_compile.state import OptState, Tensors, to_tensor
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
@@ -113,10 +125,15 @@ class OptimizerView:
     def _state_paths(self) -> set[str]:
         """Returns the paths below `state`, and of all that is kept for a parameter."""
         if not hasattr(self, "_paths_in_state"):
-            state = [part for key, part in self.skeleton.root.items if key == "state"]
+            roots = [self.skeleton.root, *map(self.part_of, members(self.optimizer))]
+            state = [part for root in roots for key, part in root.items if key == "state"]
             kept = [part for part in state + parts_by_parameter(self.skeleton)]
             self._paths_in_state = {leaf.path for part in kept for leaf in leaves_of(Skeleton(part, ()))}
         return self._paths_in_state
+
+    def part_of(self, optimizer: Any) -> Container:
+        """Returns the part of the skeleton for one of several optimizers, or for the one."""
+        return next(part for part in containers_of(self.skeleton) if part.owner is optimizer)
 
     def hyper_leaves(self) -> list[Leaf]:
         """Returns the leaves that are hyperparameters."""
@@ -148,8 +165,8 @@ class OptimizerView:
         return [[name] for group in groups for name in group] if self.per_parameter else groups
 
     def param_names(self) -> list[str]:
-        """Returns the names of the optimizer's parameters, in the order of its groups."""
-        return [self.names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        """Returns the names of the optimizer's parameters, each once, in the order of its groups."""
+        return list(dict.fromkeys(name for _, name in self.live_params()))
 
     # ------------------------------------------------------------------ running
 
@@ -196,7 +213,8 @@ class OptimizerView:
     @property
     def step_name(self) -> str:
         """What `step` runs, for messages."""
-        return " and ".join(f"`{type(part).__name__}.step`" for part in (self.optimizer, *self.schedulers))
+        parts = (*members(self.optimizer), *self.schedulers)
+        return " and ".join(f"`{type(part).__name__}.step`" for part in parts)
 
     def run(
         self,
@@ -259,7 +277,22 @@ class MethodView(OptimizerView):
 
     def step(self) -> None:
         """Runs the method."""
-        getattr(self.optimizer, self.method)()
+        before = self._gradients()
+        for one in members(self.optimizer):
+            if callable(getattr(one, self.method, None)):
+                getattr(one, self.method)()
+        if any(now is not was for now, was in zip(self._gradients(), before, strict=True)):
+            raise CaptureError(
+                compose_message(
+                    f"`{self.method}` changes gradients",
+                    None,
+                    "Gradients are no result of a method: those that a train step holds are `state.grads`.",
+                    "Change them there: `dataclasses.replace(state, grads={})` is what `zero_grad()` does.",
+                )
+            )
+
+    def _gradients(self) -> list[torch.Tensor | None]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:
@@ -337,7 +370,8 @@ def _differs(after: Value, before: Value) -> bool:
 def flags_cleared(optimizer: Any) -> Iterator[None]:
     """Turns off flags of torch.optim that choose an implementation of the same mathematics without derivatives."""
     cleared = []
-    for options in (*getattr(optimizer, GROUPS, ()), getattr(optimizer, "defaults", {})):
+    defaults = [getattr(one, "defaults", {}) for one in members(optimizer)]
+    for options in (*getattr(optimizer, GROUPS, ()), *defaults):
         for flag in _IMPLEMENTATION_FLAGS:
             if options.get(flag) is True:
                 options[flag] = False

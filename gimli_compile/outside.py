@@ -1,4 +1,4 @@
-"""Live state that a train step changes and the program does not have: a scheduler that nobody passed.
+"""Live state that a train step changes and the program does not have: a scheduler or a scaler that nobody passed.
 
 A train step is a function, and what it encloses may be anything. Numbers of the optimizer are inputs and results of the
 program; those of an object beside it, which holds the optimizer and changes with every step, would be constants.
@@ -28,23 +28,29 @@ _FRAMEWORK = ("torch", "numpy", __name__.split(".")[0])
 
 @contextmanager
 def outside_kept(function: Callable[..., Any], known: Collection[int]) -> Iterator[None]:
-    """Leaves what a train step holds as it was; refuses that a number changes of an object that holds the optimizer.
+    """Leaves what a train step holds as it was; refuses changes of objects that belong to training.
 
-    `known` are the ids of the optimizer, and of everything else whose numbers the program has.
+    Those are the objects that hold the optimizer, and those that have a `state_dict`. `known` are the ids of the
+    optimizer, and of everything else whose numbers the program has.
     """
     reachable = _reachable(function)
     functions = [found for found in reachable if isinstance(found, FunctionType)]
-    holders = [found for found in reachable if not isinstance(found, FunctionType) and _holds(found, known)]
+    objects = [found for found in reachable if not isinstance(found, FunctionType)]
+    holders = [found for found in objects if id(found) not in known and (_holds(found, known) or _is_stateful(found))]
     ids = {*known, *map(id, holders)}
     frozen = [(holder, *freeze(holder, {}, ids - {id(holder)})) for holder in holders]
     installing = _all_installed([(skeleton, values) for _, skeleton, values in frozen])
-    with side_effects_undone(functions, _names_in), installing:
+    others = [found for found in objects if id(found) not in ids]
+    with side_effects_undone(functions, _names_in, others), installing:
         yield
         for holder, _, before in frozen:
             _, after = freeze(holder, {}, ids - {id(holder)})
-            for path in before:
-                if path in after and _differs(after[path], before[path]):
-                    raise _refusal(holder, path)
+            for path in {**before, **after}:
+                is_new = not (path in before and path in after)
+                if is_new and not _is_stateful(holder):
+                    continue
+                if is_new or _differs(after[path], before[path]):
+                    raise _refusal(holder, path, holds=_holds(holder, known))
 
 
 @contextmanager
@@ -64,14 +70,17 @@ def _differs(after: Value, before: Value) -> bool:
     return bool(after != before and not (after != after and before != before))
 
 
-def _refusal(holder: Any, path: str) -> CaptureError:
+def _refusal(holder: Any, path: str, *, holds: bool) -> CaptureError:
     name = type(holder).__name__
+    which, option = "that has a `state_dict`", "objects={name: object}"
+    if holds:
+        which, option = "that holds the optimizer", "scheduler=..."
     return CaptureError(
         compose_message(
-            f"the train step changes `{path}` of a {name} that holds the optimizer",
+            f"the train step changes `{path}` of a {name} {which}",
             None,
             "It is no part of the program: every step would begin with the value that it has now.",
-            f"Pass the {name} as well: `functionalize(model, optimizer, train_step=..., scheduler=...)`.",
+            f"Pass the {name} as well: `functionalize(model, optimizer, train_step=..., {option})`.",
         )
     )
 
@@ -86,7 +95,7 @@ def _reachable(function: Any) -> list[Any]:
     pending = [function]
     while pending:
         value = pending.pop()
-        if id(value) in seen:
+        if id(value) in seen or type(value).__module__.split(".")[0] == _FRAMEWORK[-1]:
             continue
         seen[id(value)] = value
         if is_owned_object(value) and not isinstance(value, torch.nn.Module):
@@ -133,7 +142,11 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names_in, inner))
 
 
+def _is_stateful(owner: Any) -> bool:
+    return callable(getattr(type(owner), "state_dict", None))
+
+
 def _holds(owner: Any, known: Collection[int]) -> bool:
     values = list(vars(owner).values())
     values += [item for value in values if isinstance(value, (dict, list, tuple)) for item in _inside(value)]
-    return id(owner) not in known and any(id(value) in known for value in values)
+    return any(id(value) in known for value in values)

@@ -9,6 +9,7 @@ import torch
 
 from gimli_compile.loss_table import LossTable
 from gimli_compile.program import Program
+from gimli_compile.records import opened
 from gimli_compile.requirements import Captured
 from gimli_compile.row_gradients import made_up_gradients
 from gimli_compile.slot import Role, Slot
@@ -35,6 +36,7 @@ def capture_for_requirements(
 
     Without a batch the gradients are made up, and the loss is the one captured last, if any was.
     """
+    batch, meta = opened((batch, meta))
     variants: list[UpdateVariant] = []
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.random.fork_rng():

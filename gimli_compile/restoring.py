@@ -13,26 +13,26 @@ from torch import nn
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, plain_value
-from gimli_compile.schedulers import Schedulers
-from gimli_compile.skeleton import Again, Companion, Container, IdRef, Leaf, ParamRef, is_opaque
+from gimli_compile.schedulers import SCHEDULER, Schedulers
+from gimli_compile.several_optimizers import SeveralOptimizers, kind_of, members
+from gimli_compile.skeleton import Again, Companion, Container, IdRef, Leaf, ParamRef, containers_of, is_opaque
 from gimli_compile.snapshot import GROUPS, freeze
 from gimli_compile.state import TrainState
 
 
 def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: TrainState, schedulers: Schedulers) -> None:
     """Copies parameters and buffers in place, and gives optimizer and scheduler the state's structure and values."""
-    if type(optimizer) is not type(view.optimizer):
+    each, own = members(optimizer), members(view.optimizer)
+    if list(map(type, each)) != list(map(type, own)) or _places(optimizer) != _places(view.optimizer):
         raise InputError(
             compose_message(
-                f"the state is that of a {type(view.optimizer).__name__}, "
-                f"the optimizer is a {type(optimizer).__name__}",
+                f"the state is that of a {kind_of(view.optimizer)}, the optimizer is a {kind_of(optimizer)}",
                 None,
                 "A state has the structure of the optimizer that it was made for.",
-                "Pass an optimizer of the same class, over the model's parameters.",
+                "Pass an optimizer of the same class, over the model's parameters; several in the same structure.",
             )
         )
-    groups = sum(len(g["params"]) for g in optimizer.param_groups), len(optimizer.param_groups)
-    if groups != (sum(len(g["params"]) for g in view.optimizer.param_groups), len(view.optimizer.param_groups)):
+    if [_count(one) for one in each] != [_count(one) for one in own]:
         raise InputError(
             compose_message(
                 "the optimizer has other parameter groups than the state",
@@ -50,21 +50,38 @@ def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: Trai
     _write_optimizer(view, live, optimizer, companions, state)
 
 
+def _places(optimizer: Any) -> list[str]:
+    return list(vars(optimizer)) if isinstance(optimizer, SeveralOptimizers) else []
+
+
+def _count(optimizer: Any) -> tuple[int, int]:
+    return sum(len(group["params"]) for group in optimizer.param_groups), len(optimizer.param_groups)
+
+
 def _companions(view: OptimizerView, optimizer: Any, schedulers: Schedulers) -> dict[str, Any]:
     """Returns the objects to write beside the optimizer."""
-    if not schedulers.companions and optimizer is view.optimizer:
+    if not schedulers.companions and _is_that_of(view, optimizer):
         return view.companions
     found = [type(one) for one in schedulers]
-    if found == [type(one) for one in view.schedulers]:
+    if found == [type(one) for one in view.schedulers] and _objects(schedulers.companions) == _objects(view.companions):
         return schedulers.companions
     raise InputError(
         compose_message(
-            f"the state is that of {view.step_name}, and the scheduler passed is {_names(found)}",
+            f"the state is that of {view.step_name}{_and_names(view.companions)}, and the scheduler passed is "
+            f"{_names(found)}{_and_names(schedulers.companions)}",
             None,
-            "A state holds the place in the schedule that its learning rates belong to.",
-            "Pass the schedulers of the optimizer: `load_into(model, optimizer, state, scheduler)`.",
+            "A state holds the place in the schedule that its learning rates belong to, and what objects hold.",
+            "Pass those of the optimizer: `load_into(model, optimizer, state, scheduler, objects)`.",
         )
     )
+
+
+def _objects(companions: Mapping[str, Any]) -> dict[str, type]:
+    return {name: type(one) for name, one in companions.items() if name != SCHEDULER}
+
+
+def _and_names(companions: Mapping[str, Any]) -> str:
+    return "".join(f" and {kind.__name__} {name!r}" for name, kind in _objects(companions).items())
 
 
 def _names(classes: list[type]) -> str:
@@ -78,14 +95,24 @@ def _write_optimizer(
     opaque = set(map(id, live.modules()))
     _, present = freeze(optimizer, live.param_names, opaque, companions)
     present = {**view.values, **present}
-    writing = _Writing(state, live.live_params, present, elsewhere=optimizer is not view.optimizer)
+    writing = _Writing(state, live.live_params, present, elsewhere=not _is_that_of(view, optimizer))
     writing.made[root.index] = optimizer
-    attributes = writing.attributes_of(root, optimizer)
-    _write_groups(optimizer, attributes.pop(GROUPS), state)
-    vars(optimizer).update(attributes)
+    start = 0
+    for one, own in zip(members(optimizer), members(view.optimizer), strict=True):
+        part = next(part for part in containers_of(state.opt_state.skeleton) if part.owner is own)
+        writing.made[part.index] = one
+        attributes = writing.attributes_of(part, one)
+        groups = attributes.pop(GROUPS)
+        _write_groups(one, groups, state, start)
+        vars(one).update(attributes)
+        start += len(groups)
     for key, item in root.items:
         if isinstance(key, Companion):
             writing.build(item, companions[key.name])
+
+
+def _is_that_of(view: OptimizerView, optimizer: Any) -> bool:
+    return all(one is own for one, own in zip(members(optimizer), members(view.optimizer), strict=True))
 
 
 class _Writing:
@@ -154,12 +181,15 @@ def _item(container: Any, key: Any) -> Any:
     return getattr(container, key) if isinstance(container, partial) else None
 
 
-def _write_groups(optimizer: Any, groups: list[dict[str, Any]], state: TrainState) -> None:
-    """Writes the entries of the groups that are state; with a group for each parameter, from the first of each."""
+def _write_groups(optimizer: Any, groups: list[dict[str, Any]], state: TrainState, start: int) -> None:
+    """Writes the entries of the groups that are state; with a group for each parameter, from the first of each.
+
+    `start` is the number of the first group.
+    """
     at = 0
     for index, group in enumerate(optimizer.param_groups):
         source = groups[at] if len(groups) != len(optimizer.param_groups) else groups[index]
-        place = at if len(groups) != len(optimizer.param_groups) else index
+        place = start + (at if len(groups) != len(optimizer.param_groups) else index)
         group.update({key: value for key, value in source.items() if _is_state(f"groups.{place}.{key}", state)})
         at += len(group["params"])
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gimli_compile.slot import Role, Slot
+from gimli_compile.slot import CROSSING, Role, Slot
 
 
 class RowGradient(NamedTuple):
@@ -21,6 +21,7 @@ class RowGradient(NamedTuple):
 
 
 Gradient = torch.Tensor | RowGradient | None
+Roles = tuple[Role, Role]
 
 
 def as_rows(gradient: Any) -> Any:
@@ -41,23 +42,34 @@ def as_eager(gradient: Gradient) -> torch.Tensor | None:
     return None if gradient is None else gradient.detach().clone()
 
 
-def by_slot(gradients: Mapping[str, Gradient]) -> dict[Slot, torch.Tensor]:
+def gradients_of(params: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Returns copies of the gradients that parameters have now, by name."""
+    return {name: as_rows(p.grad.detach().clone()) for name, p in params.items() if p.grad is not None}
+
+
+def put_gradients(params: Mapping[str, torch.Tensor], grads: Mapping[str, Gradient]) -> None:
+    """Gives live parameters these gradients, and the others none."""
+    for name, param in params.items():
+        param.grad = as_eager(grads.get(name))
+
+
+def by_slot(gradients: Mapping[str, Gradient], roles: Roles = CROSSING) -> dict[Slot, torch.Tensor]:
     """Returns the tensors of gradients by slot."""
     found: dict[Slot, torch.Tensor] = {}
     for name, gradient in gradients.items():
+        slots = [Slot(role, name) for role in roles]
         if isinstance(gradient, RowGradient):
-            found[Slot(Role.GRAD, name)], found[Slot(Role.ROWS, name)] = gradient
+            found.update(zip(slots, gradient, strict=True))
         elif gradient is not None:
-            found[Slot(Role.GRAD, name)] = gradient
+            found[slots[0]] = gradient
     return found
 
 
-def from_slots(results: Mapping[Slot, torch.Tensor], names: Iterable[str]) -> dict[str, Any]:
+def from_slots(results: Mapping[Slot, torch.Tensor], names: Iterable[str], roles: Roles = CROSSING) -> dict[str, Any]:
     """Returns the gradients by name that a program computed; None where there is none."""
     found: dict[str, Any] = {}
     for name in names:
-        rows = results.get(Slot(Role.ROWS, name))
-        found[name] = results.get(Slot(Role.GRAD, name))
+        found[name], rows = (results.get(Slot(role, name)) for role in roles)
         if rows is not None:
             found[name] = RowGradient(found[name], rows)
     return found

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.several_optimizers import members
+from gimli_compile.snapshot import GROUPS, is_owned_object
+
+SCHEDULER = "scheduler"
+_TAKEN = (SCHEDULER, "state", "groups", GROUPS)
 
 
 class Schedulers:
-    """What was passed as `scheduler`: one, a list of them, or None.
+    """What was passed as `scheduler`: one, a list of them, or None; and `objects` of the train step, by name.
 
     `are_declared` says that the user's train step steps them itself.
     """
 
-    def __init__(self, given: Any = None, *, are_declared: bool = False) -> None:
+    def __init__(
+        self, given: Any = None, *, are_declared: bool = False, objects: Mapping[str, Any] | None = None
+    ) -> None:
         self.are_declared = are_declared
-        self.companions: dict[str, Any] = {} if given is None else {"scheduler": given}
+        self.companions: dict[str, Any] = {**({} if given is None else {SCHEDULER: given}), **(objects or {})}
         self._each: list[Any] = []
         if given is not None:
             self._each = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -43,6 +52,26 @@ class Schedulers:
                 scheduler.step(*[loss for _ in required])
 
 
+def check_objects(objects: Any, *, has_train_step: bool) -> None:
+    """Refuses what has no attributes to keep, or would never be used."""
+    if objects is None:
+        return
+    if not isinstance(objects, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in objects):
+        raise InputError(f"`objects` is a {type(objects).__name__}. Pass a dict of objects by their names.")
+    for name, one in objects.items():
+        if not is_owned_object(one) or isinstance(one, torch.nn.Module) or name in _TAKEN:
+            raise InputError(
+                compose_message(
+                    f"objects[{name!r}] is a {type(one).__name__}",
+                    None,
+                    "Only the attributes of objects are kept, under a name that nothing else has.",
+                    "Pass modules with the model and optimizers with the optimizer; put numbers into an object.",
+                )
+            )
+    if not has_train_step:
+        raise InputError("`objects` are those that a train step uses: pass `train_step=` as well.")
+
+
 def check_schedulers(schedulers: Schedulers, optimizer: Any, *, per_parameter: bool) -> None:
     """Refuses what cannot be stepped after the optimizer, and schedulers of another optimizer."""
     for one in schedulers:
@@ -66,10 +95,13 @@ def check_schedulers(schedulers: Schedulers, optimizer: Any, *, per_parameter: b
                     "Step it in a train step of your own, and pass both: `train_step=` and `scheduler=`.",
                 )
             )
-        if isinstance(getattr(one, "optimizer", None), type(optimizer)) and one.optimizer is not optimizer:
+        held = getattr(one, "optimizer", None)
+        if isinstance(held, tuple(map(type, members(optimizer)))) and all(
+            held is not own for own in members(optimizer)
+        ):
             raise InputError(
                 compose_message(
-                    f"the {name} is that of another {type(optimizer).__name__}",
+                    f"the {name} is that of another {type(held).__name__}",
                     None,
                     "A scheduler changes the groups of its own optimizer.",
                     "Create the scheduler from the optimizer that is passed.",

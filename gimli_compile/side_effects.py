@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
+
 from gimli_compile.concolic import plain
 from gimli_compile.errors import BakedValueWarning
 from gimli_compile.snapshot import is_number
@@ -16,31 +18,50 @@ from gimli_compile.snapshot import is_number
 
 @dataclass(frozen=True)
 class _Place:
-    """A variable that a function encloses, or a global that it names; a list or dict that one of these holds."""
+    """A variable that a function encloses, or a global that it names; a list or dict that one of these holds.
+
+    Or all attributes of an object: `name` is then what stands before theirs.
+    """
 
     name: str
     read: Callable[[], Any]
     restore: Callable[[Any], None]
+    is_owner: bool = False
+
+    def changed(self, now: Any, before: Any) -> list[str]:
+        """Returns the names of what changed; of attributes, only those that are numbers, tensors, lists or dicts."""
+        if not self.is_owner:
+            return [self.name]
+        pairs = {key: (now.get(key), before.get(key)) for key in {**before, **now}}
+        return [f"{self.name}.{key}" for key, (a, b) in pairs.items() if a is not b and (_counts(a) or _counts(b))]
 
 
 @contextmanager
-def side_effects_undone(functions: Iterable[FunctionType], names_in: Callable[[Any], set[str]]) -> Iterator[None]:
-    """Gives counters and logs of these functions their contents back on leaving, and warns of those that changed."""
+def side_effects_undone(
+    functions: Iterable[FunctionType], names_in: Callable[[Any], set[str]], objects: Iterable[Any] = ()
+) -> Iterator[None]:
+    """Gives counters and logs their contents back on leaving, and warns of those that changed.
+
+    They are what these functions enclose and name, and the attributes of these objects.
+    """
     places = [place for function in functions for place in _places(function, names_in)]
+    places += [place for owner in objects for place in _attributes(owner)]
     before = [place.read() for place in places]
     changed = []
     try:
         yield
     finally:
         for place, value in zip(places, before, strict=True):
-            if not _same(place.read(), value):
+            now = place.read()
+            if not _same(now, value):
+                changed += place.changed(now, value)
                 place.restore(value)
-                changed.append(place.name)
     if changed:
         warnings.warn(
             f"the train step changes {', '.join(f'`{name}`' for name in dict.fromkeys(changed))}, which is no part of "
             "model and optimizer. A program does not: it has what was there at capture. That is right for logs. If "
-            "later steps depend on it, keep it in a buffer of the model or in the optimizer.",
+            "later steps depend on it, keep it in a buffer of the model or in the optimizer, or pass what holds it: "
+            "`functionalize(..., objects={name: object})`.",
             BakedValueWarning,
             stacklevel=2,
         )
@@ -57,6 +78,19 @@ def _places(function: FunctionType, names_in: Callable[[Any], set[str]]) -> Iter
         if name in names:
             put = lambda value, name=name: names.__setitem__(name, value)  # noqa: E731
             yield from _place(name, names[name], lambda name=name: names[name], put)
+
+
+def _counts(value: Any) -> bool:
+    return is_number(value) or isinstance(value, (torch.Tensor, list, dict))
+
+
+def _attributes(owner: Any) -> Iterator[_Place]:
+    """Yields the lists and dicts that an object holds, and all its attributes."""
+    kind, held = type(owner).__name__, vars(owner)
+    for key, value in list(held.items()):
+        if type(value) in (list, dict):
+            yield from _place(f"{kind}.{key}", value, dict, lambda _: None)
+    yield _Place(kind, lambda: dict(held), lambda items: (held.clear(), held.update(items))[1], is_owner=True)
 
 
 def _setter(cell: Any) -> Callable[[Any], None]:

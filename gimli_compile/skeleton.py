@@ -138,7 +138,12 @@ def static_parts(skeleton: Skeleton) -> list[Any]:
 
 def owners_of(skeleton: Skeleton) -> list[Any]:
     """Returns the live objects of a skeleton."""
-    return [part.owner for part in _parts(skeleton.root) if isinstance(part, Container) and part.owner is not None]
+    return [part.owner for part in containers_of(skeleton) if part.owner is not None]
+
+
+def containers_of(skeleton: Skeleton) -> list[Container]:
+    """Returns the containers of a skeleton, in the order of the walk."""
+    return [part for part in _parts(skeleton.root) if isinstance(part, Container)]
 
 
 def opaque_of(skeleton: Skeleton) -> list[Any]:

@@ -15,6 +15,8 @@ class Role(enum.Enum):
     BUFFER = "buffers"
     GRAD = "grads"
     ROWS = "rows"
+    HELD = "held_grads"
+    HELD_ROWS = "held_rows"
     STATE = "state"
     HYPER = "hyper"
     BATCH = "batch"
@@ -27,7 +29,8 @@ class Role(enum.Enum):
 
 
 CROSSING = (Role.GRAD, Role.ROWS)  # from the loss to the update
-CARRIED = (Role.PARAM, Role.BUFFER, Role.STATE)
+HELD = (Role.HELD, Role.HELD_ROWS)  # in `.grad` from one train step to the next
+CARRIED = (Role.PARAM, Role.BUFFER, Role.STATE, *HELD)
 
 
 @dataclass(frozen=True)

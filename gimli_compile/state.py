@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import torch
 from torch.utils import _pytree as pytree
@@ -40,11 +40,16 @@ class OptState(Mapping[str, torch.Tensor]):
 
 @dataclass
 class TrainState:
-    """Parameters and buffers by name as the model names them, and the optimizer's state. A pytree."""
+    """Parameters and buffers by name as the model names them, and the optimizer's state. A pytree.
+
+    `grads` is what a train step of the user's own leaves in `p.grad`, by name: the next one may add to it. A sparse one
+    is a pair of a dense tensor and a mask of its rows. The default step makes its gradients anew, and leaves none.
+    """
 
     params: Tensors
     buffers: Tensors
     opt_state: OptState
+    grads: dict[str, Any] = field(default_factory=dict)
 
 
 class Hyperparameters:
@@ -53,15 +58,31 @@ class Hyperparameters:
     `hyper[i]` belongs to parameter group i: `{"lr": f64[], "betas": (f64[], f64[])}`. `attributes` holds numbers, and
     tensors that require a gradient, found on the optimizer object itself, by path. `modules` holds the parameters of
     modules that the optimizer owns, in their own dtypes, by path: `net.0.weight` for `optimizer.net[0].weight`.
+
+    With several optimizers the groups are numbered through, in the order of the optimizers, and `hyper["critic"]` is
+    the list of the groups of the optimizer at that path (`hyper["1"]` in a list or tuple); `optimizers` says which.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], attributes: Tensors, modules: Tensors | None = None) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        attributes: Tensors,
+        modules: Tensors | None = None,
+        optimizers: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         self.groups = groups
         self.attributes = attributes
         self.modules = {} if modules is None else modules
+        self.optimizers = {} if optimizers is None else dict(optimizers)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.groups[index]
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: str) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | str) -> Any:
+        return self.groups[slice(*self.optimizers[index])] if isinstance(index, str) else self.groups[index]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -110,7 +131,12 @@ def hyper_tensor(value: Value) -> torch.Tensor:
     )
 
 
-def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths: set[str]) -> Hyperparameters:
+def build_hyperparameters(
+    skeleton: Skeleton,
+    values: Mapping[str, Value],
+    paths: set[str],
+    optimizers: Mapping[str, tuple[int, int]] | None = None,
+) -> Hyperparameters:
     """Builds the pytree of the hyperparameters at `paths` from the skeleton of an optimizer."""
     containers: dict[int, Container] = {}
     grouped: set[str] = set()
@@ -135,7 +161,7 @@ def build_hyperparameters(skeleton: Skeleton, values: Mapping[str, Value], paths
     others = [leaf for leaf in leaves_of(skeleton) if leaf.path in paths - grouped]
     modules = {leaf.path: hyper_tensor(values[leaf.path]) for leaf in others if leaf.of_module}
     attributes = {leaf.path: hyper_tensor(values[leaf.path]) for leaf in others if not leaf.of_module}
-    return Hyperparameters(made, attributes, modules)
+    return Hyperparameters(made, attributes, modules, optimizers)
 
 
 def _holds(part: Any, paths: set[str]) -> bool:
@@ -166,20 +192,24 @@ def _opt_state_keys(state: OptState) -> Any:
     return pairs, _flatten_opt_state(state)[1]
 
 
-def _attribute_keys(*names: str) -> Callable[[Any], Any]:
-    return lambda value: ([(pytree.GetAttrKey(name), getattr(value, name)) for name in names], None)
+def _attribute_keys(*names: str, context: Callable[[Any], Any] = lambda _: None) -> Callable[[Any], Any]:
+    return lambda value: ([(pytree.GetAttrKey(name), getattr(value, name)) for name in names], context(value))
+
+
+def _spans(hyper: Hyperparameters) -> tuple[tuple[str, tuple[int, int]], ...]:
+    return tuple(hyper.optimizers.items())
 
 
 _register(OptState, _flatten_opt_state, _unflatten_opt_state, _opt_state_keys)
 _register(
     TrainState,
-    lambda state: ([state.params, state.buffers, state.opt_state], None),
+    lambda state: ([state.params, state.buffers, state.opt_state, state.grads], None),
     lambda values, _: TrainState(*values),
-    _attribute_keys("params", "buffers", "opt_state"),
+    _attribute_keys("params", "buffers", "opt_state", "grads"),
 )
 _register(
     Hyperparameters,
-    lambda hyper: ([hyper.groups, hyper.attributes, hyper.modules], None),
-    lambda values, _: Hyperparameters(*values),
-    _attribute_keys("groups", "attributes", "modules"),
+    lambda hyper: ([hyper.groups, hyper.attributes, hyper.modules], _spans(hyper)),
+    lambda values, spans: Hyperparameters(*values, optimizers=dict(spans)),
+    _attribute_keys("groups", "attributes", "modules", context=_spans),
 )

@@ -101,6 +101,8 @@ class StepAdjoint:
         of_buffers = {slot: seed for slot, seed in seeds.items() if slot.role is Role.BUFFER}
         if not of_buffers:
             return {}
+        if self.stepper.keeps_buffers:
+            return {slot: seed for slot, seed in of_buffers.items() if slot in wanted}
         data = (inputs.state, inputs.batch, inputs.meta)
 
         def buffers(given: Values) -> Values:

@@ -19,7 +19,9 @@ from gimli_compile.model_view import changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import STEP_PASSES
 from gimli_compile.recording import DATA, HOST, Recorder
-from gimli_compile.slot import Role, Slot
+from gimli_compile.row_gradients import RowGradient
+from gimli_compile.row_gradients import by_slot as gradients_by_slot
+from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.step_view import StepView
 from gimli_compile.train_steps import UserStep
 from gimli_compile.tree_slots import reach_of, tree_slots
@@ -70,7 +72,7 @@ class _StepTracing(UpdateTracing):
             warn_of_changes(changed_attributes(before, view.model.signature()))
             return returned
 
-        return view.run_step(skeleton, self.params, self.buffers, self.values, execute, adapt=answering)
+        return view.run_step(skeleton, self.params, self.buffers, self.values, self.grads, execute, adapt=answering)
 
     def _announce(self) -> None:
         with self.recorder.paused():
@@ -82,6 +84,7 @@ class _StepTracing(UpdateTracing):
             self.buffers[name] = self._add(Slot(Role.BUFFER, name), value, reach_of(value) if value.dim() else HOST)
         self.batch = self._add_tree(Role.BATCH, self.data.batch)
         self.meta = self._add_tree(Role.META, self.data.meta)
+        self.grads = {name: self._add_gradient(name, grad, HELD) for name, grad in self.data.grads.items()}
         self._announce_state()
 
     def _add_tree(self, role: Role, tree: Any) -> Any:
@@ -92,5 +95,12 @@ class _StepTracing(UpdateTracing):
         results = super().results(outputs)
         nodes = {name: self.recorder.node_of(buffer) for name, buffer in outputs.buffers.items()}
         results.update({Slot(Role.BUFFER, name): node for name, node in nodes.items() if name in self.buffers})
+        for name, grad in outputs.grads.items():
+            results.update({slot: self.recorder.node_of(part) for slot, part in self._held(name, grad).items()})
         self.returned, tensors = returned_tensors(outputs.returned)
         return {slot: self.recorder.node_of(tensor) for slot, tensor in tensors.items()} | results
+
+    def _held(self, name: str, grad: torch.Tensor) -> dict[Slot, torch.Tensor]:
+        known = self.recorder.sparse.knows(grad)
+        held = RowGradient(*self.recorder.sparse.parts(grad)) if known else grad.detach()
+        return gradients_by_slot({name: held}, HELD)

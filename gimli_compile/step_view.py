@@ -14,6 +14,9 @@ from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, flags_cleared, plain_values
 from gimli_compile.outside import outside_kept
 from gimli_compile.owned_generators import generators_kept
+from gimli_compile.records import rebuilt
+from gimli_compile.row_gradients import as_eager
+from gimli_compile.several_optimizers import as_given, members
 from gimli_compile.skeleton import Skeleton, owners_of
 from gimli_compile.snapshot import freeze, grads_set, installed
 from gimli_compile.state import Tensors
@@ -29,6 +32,11 @@ class StepView(OptimizerView):
         self.model = model
         self.train_step = train_step
 
+    @property
+    def holds_gradients(self) -> bool:
+        """Tells whether gradients that one step leaves in `.grad` may be read by the next: a user's own decides it."""
+        return isinstance(self.train_step, UserStep)
+
     def leaves(self, params: Mapping[str, torch.Tensor]) -> Tensors:
         """Returns leaves with copies of the parameters, which carry the live ones' hooks."""
         return {name: self.model.as_leaf(name, value) for name, value in params.items()}
@@ -39,6 +47,7 @@ class StepView(OptimizerView):
         leaves: Mapping[str, torch.Tensor],
         buffers: Tensors,
         values: Mapping[str, Any],
+        grads: Mapping[str, torch.Tensor | None],
         execute: Callable[[], Any],
         **options: Any,
     ) -> UpdateOutputs:
@@ -53,22 +62,25 @@ class StepView(OptimizerView):
             generators_kept(skeleton),
             self.model.substituted(tensors),
             installed(skeleton, lambda leaf: as_declared(leaf, values[leaf.path]), leaves.__getitem__, **options),
-            grads_set(leaves, {}),
-            self._outside_kept(),
+            grads_set(leaves, grads),
+            self._outside_kept(skeleton),
             differentiable_forms(),
         ):
             with flags_cleared(self.optimizer):
                 returned = self.execute(execute)
+            held = {name: leaf.grad for name, leaf in leaves.items() if self.holds_gradients and leaf.grad is not None}
             made = self.model.read_buffers()
             after, found = freeze(self.optimizer, names, self.opaque, self.companions)
-        return UpdateOutputs(dict(leaves), after, found, made, returned)
+        return UpdateOutputs(dict(leaves), after, found, made, returned, held)
 
-    def _outside_kept(self) -> AbstractContextManager[None]:
+    def _outside_kept(self, skeleton: Skeleton) -> AbstractContextManager[None]:
         if not isinstance(self.train_step, UserStep):
             return nullcontext()
         held = self.model.modules()
+        lists = [one.param_groups for one in members(self.optimizer)]
         groups = self.optimizer.param_groups
-        known = {id(owner) for owner in (*owners_of(self.skeleton), groups, *groups, *held)}
+        owned = (*owners_of(self.skeleton), *owners_of(skeleton), as_given(self.optimizer))
+        known = {id(owner) for owner in (*owned, *lists, *groups, *held)}
         return outside_kept(self.train_step.function, known)
 
     def call(
@@ -77,7 +89,7 @@ class StepView(OptimizerView):
         """Runs the train step on what model and optimizer hold now; `tensors` are parameters and buffers by name."""
         model = self.model.filled(tensors)
         with torch.enable_grad(), self.train_step.watching(self.model.modules(), enter):
-            return self.train_step(model, self.optimizer, batch, meta, enter)
+            return self.train_step(model, self.optimizer, rebuilt(batch), rebuilt(meta), enter)
 
     def replay(self, inputs: UpdateInputs) -> UpdateOutputs:
         """Runs the train step's own code, not captured, from plain values."""
@@ -90,5 +102,6 @@ class StepView(OptimizerView):
             leaves,
             buffers,
             plain_values(inputs),
+            {name: as_eager(grad) for name, grad in data.grads.items()},
             lambda: self.call({**leaves, **buffers}, data.batch, data.meta),
         )

@@ -16,6 +16,8 @@ COLORS = {
     Role.BUFFER: "#0f766e",
     Role.GRAD: "#b91c1c",
     Role.ROWS: "#b91c1c",
+    Role.HELD: "#b91c1c",
+    Role.HELD_ROWS: "#b91c1c",
     Role.STATE: "#15803d",
     Role.HYPER: "#b45309",
     Role.BATCH: "#6d28d9",

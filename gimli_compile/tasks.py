@@ -75,11 +75,14 @@ class TaskSteps:
             noise = dict(noise)
             return *take(state, batch, hyper, meta, noise), noise
 
-        dims = (*self._inner, dict.fromkeys(given, 0))
+        dims = (*self._dims(state, batch, hyper, meta), dict.fromkeys(given, 0))
         *results, made = torch.func.vmap(one, in_dims=dims, randomness="different")(state, batch, hyper, meta, given)
         if draws is not None:
             draws.update(made)
         return tuple(results)
+
+    def _dims(self, *parts: Any) -> list[Any]:
+        return [_dims(part, dim) for part, dim in zip(parts, self._inner, strict=True)]
 
     def carry_back(
         self,
@@ -99,7 +102,7 @@ class TaskSteps:
             return self.steps.carry_back(*args, wanted=wanted)
 
         given = dict(draws or {})
-        dims = (*self._inner, dict.fromkeys(given, 0), 0, dict.fromkeys(seeds, 0))
+        dims = (*self._dims(state, batch, hyper, meta), dict.fromkeys(given, 0), 0, dict.fromkeys(seeds, 0))
         found = torch.func.vmap(one, in_dims=dims)(state, batch, hyper, meta, given, grads, seeds)
         return {slot: value.sum(0) if slot.role in self._shared else value for slot, value in found.items()}
 
@@ -109,13 +112,20 @@ class TaskSteps:
         """Returns the tangents of the new states and the losses, which lead with direction and task."""
         given = dict(draws or {})
         along = {slot: None if slot.role in self._shared else 1 for slot in tangents}
-        dims = (*self._inner, dict.fromkeys(given, 0), along)
+        dims = (*self._dims(state, batch, hyper, meta), dict.fromkeys(given, 0), along)
         mapped = torch.func.vmap(self.steps.push_forward, in_dims=dims, out_dims=1)
         return mapped(state, batch, hyper, meta, given, tangents)
 
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from step to step."""
         return self.steps.carried_buffers()
+
+
+def _dims(tree: Any, dim: int | None) -> Any:
+    """Returns the dimension of the task for each tensor of a pytree; what is no tensor, all tasks share."""
+    if dim is None or all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(tree)):
+        return dim
+    return pytree.tree_map(lambda leaf: dim if isinstance(leaf, torch.Tensor) else None, tree)
 
 
 def _lead(tree: Any, dim: int | None) -> Any:

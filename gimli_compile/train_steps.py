@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
+from gimli_compile.errors import InputError
 from gimli_compile.loss_capture import check_loss, takes_meta
 from gimli_compile.protocol import Protocol
 from gimli_compile.recording import Region
 from gimli_compile.schedulers import Schedulers
+from gimli_compile.several_optimizers import as_given
 
 Enter = Callable[[Region], AbstractContextManager[None]]
 
@@ -20,8 +22,8 @@ Enter = Callable[[Region], AbstractContextManager[None]]
 class DefaultStep:
     """Evaluates the loss and its gradient as the optimizer wants it, and lets the optimizer and its schedulers step."""
 
-    def __init__(self, loss_fn: Callable[..., Any], protocol: Protocol, schedulers: Schedulers) -> None:
-        self.function = loss_fn
+    def __init__(self, loss_fn: Callable[..., Any] | None, protocol: Protocol, schedulers: Schedulers) -> None:
+        self.function = loss_fn or _missing_loss
         self.schedulers = schedulers
         self.protocol = protocol
 
@@ -44,6 +46,10 @@ class DefaultStep:
         return loss
 
 
+def _missing_loss(*_: Any) -> torch.Tensor:
+    raise InputError("There is no loss. Call `functionalize(model, optimizer, loss_fn)`.")
+
+
 class UserStep:
     """Runs the user's own train step: `train_step(model, optimizer, batch)`, or with `meta` as a fourth argument."""
 
@@ -56,7 +62,7 @@ class UserStep:
 
     def __call__(self, model: Any, optimizer: Any, batch: Any, meta: Any, enter: Enter) -> Any:
         """Takes the step; returns what the function returns."""
-        arguments = (model, optimizer, batch)
+        arguments = (model, as_given(optimizer), batch)
         return self.function(*((*arguments, meta) if takes_meta(self.function, places=4) else arguments))
 
 

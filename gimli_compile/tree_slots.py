@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.recording import DATA
+from gimli_compile.records import opened, rebuilt
 from gimli_compile.slot import Role, Slot
 from gimli_compile.tree_paths import named_leaves
 
+_OPTIONS = (enum.Enum, torch.dtype, torch.device)
 LABEL = 4  # beside HOST and DATA: the value follows from integers and flags that the step is given
 
 
@@ -23,18 +26,22 @@ def reach_of(tensor: torch.Tensor) -> int:
 
 
 def tree_slots(role: Role, tree: Any) -> dict[Slot, torch.Tensor]:
-    """Returns the tensors of a pytree by slot; numbers and flags are part of the program, anything else is refused."""
+    """Returns the tensors of a pytree by slot; numbers and options are part of the program.
+
+    Anything else is refused: texts as well, of which every batch may have others.
+    """
     found = {}
     for path, value in named_leaves(tree):
         if isinstance(value, torch.Tensor):
             found[Slot(role, path)] = value
-        elif not (value is None or isinstance(value, (bool, int, float, complex))):
+        elif not (value is None or isinstance(value, (bool, int, float, complex, *_OPTIONS))):
             raise InputError(
                 compose_message(
                     f"{role.value}[{path}] is a {type(value).__name__}, not a tensor or a number",
                     None,
-                    "A program takes tensors; other things cannot be its inputs.",
-                    "Turn it into a tensor before the step, for example an index for each label.",
+                    "A program takes tensors, in lists, tuples, dicts, named tuples and dataclasses. Numbers and "
+                    "members of enums are part of it; other things cannot be its inputs.",
+                    "Turn it into a tensor before the step, as an index for each label; an option into an enum.",
                 )
             )
     return found
@@ -51,6 +58,7 @@ class Returned:
     @staticmethod
     def of(tree: Any, role: Role) -> tuple[Returned, dict[Slot, torch.Tensor]]:
         """Returns the structure of a pytree, and its tensors by slot."""
+        tree = opened(tree)
         pairs = list(named_leaves(tree))
         slots = tuple(Slot(role, path) if isinstance(leaf, torch.Tensor) else None for path, leaf in pairs)
         fixed = tuple(None if isinstance(leaf, torch.Tensor) else leaf for _, leaf in pairs)
@@ -60,7 +68,7 @@ class Returned:
     def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
         """Returns the pytree with a program's results in it."""
         leaves = [value if slot is None else results[slot] for slot, value in zip(self.slots, self.fixed, strict=True)]
-        return pytree.tree_unflatten(leaves, self.structure)
+        return rebuilt(pytree.tree_unflatten(leaves, self.structure))
 
 
 def form(value: torch.Tensor) -> Any:
@@ -76,4 +84,4 @@ def tree_form(tree: Any) -> Any:
 
 
 def _static(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None))) else id(leaf)
+    return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None), *_OPTIONS)) else id(leaf)

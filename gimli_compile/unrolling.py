@@ -18,6 +18,7 @@ from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import bytes_of_text, choose_plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.mixed_mode import unroll_mixed
+from gimli_compile.records import opened
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
 
@@ -28,6 +29,7 @@ def unroll_steps(steps: LoopSteps, loop: Loop, options: LoopOptions) -> tuple[Tr
     """Takes the steps over the batches: see `Functional.unroll`."""
     if isinstance(loop.batches, Iterator):
         loop = replace(loop, batches=list(loop.batches))
+    loop = replace(loop, batches=opened(loop.batches), meta=opened(loop.meta))
     step_dim, taken = 0, steps
     if options.tasks is not False:
         dims = (None, 0, None, None) if options.tasks is True else options.tasks

@@ -26,10 +26,11 @@ from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
 from gimli_compile.provenance import SourceLine
 from gimli_compile.recording import COUNTED, DATA, EACH, HOST, Recorder
-from gimli_compile.row_gradients import Gradient, RowGradient
+from gimli_compile.records import opened
+from gimli_compile.row_gradients import Gradient, Roles, RowGradient
 from gimli_compile.searches import find_search
 from gimli_compile.skeleton import Leaf, leaves_of
-from gimli_compile.slot import CARRIED, CROSSING, Role, Slot
+from gimli_compile.slot import CARRIED, CROSSING, HELD, Role, Slot
 from gimli_compile.tree_slots import Returned
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
 from gimli_compile.variant import Condition, UpdateVariant, split_guards
@@ -107,18 +108,18 @@ class UpdateTracing:
             self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
             self.params[name] = traced
         for name in requires:
-            self.grads[name] = self._add_gradient(name, self.inputs.grads.get(name))
+            self.grads[name] = self._add_gradient(name, self.inputs.grads.get(name), CROSSING)
         self._announce_state()
 
     def _announce_state(self) -> None:
         for leaf in leaves_of(self.inputs.opt_state.skeleton):
             self.values[leaf.path] = self._add_leaf(leaf)
 
-    def _add_gradient(self, name: str, grad: Gradient) -> torch.Tensor | None:
+    def _add_gradient(self, name: str, grad: Gradient, roles: Roles) -> torch.Tensor | None:
         if isinstance(grad, RowGradient):
-            dense, rows = (self._add(Slot(role, name), part, DATA) for role, part in zip(CROSSING, grad, strict=True))
+            dense, rows = (self._add(Slot(role, name), part, DATA) for role, part in zip(roles, grad, strict=True))
             return self.recorder.sparse.make(dense, rows)
-        return None if grad is None else self._add(Slot(Role.GRAD, name), grad, DATA)
+        return None if grad is None else self._add(Slot(roles[0], name), grad, DATA)
 
     def _add(self, slot: Slot, value: torch.Tensor, reach: int) -> torch.Tensor:
         """Announces an input; a tensor object seen before is not announced twice, since its gradient is one."""
@@ -211,7 +212,7 @@ def returned_tensors(returned: Any) -> tuple[Returned, dict[Slot, torch.Tensor]]
             return leaf.tensor
         return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
 
-    return Returned.of(pytree.tree_map(convert, returned), Role.LOSS)
+    return Returned.of(pytree.tree_map(convert, opened(returned)), Role.LOSS)
 
 
 def _finish(
@@ -261,7 +262,7 @@ def _titled(program: Program) -> Program:
 
 def _is_same(program: Program, slot: Slot) -> bool:
     """Tells whether a result is a hyperparameter, or a tensor of a frozen part of the model, that stayed as it was."""
-    node = program.result_of(slot) if slot.role in CARRIED else None
+    node = program.result_of(slot) if slot.role in CARRIED and slot.role not in HELD else None
     if node is None or node.op != "placeholder":
         return False
     given = program.inputs[program.placeholders.index(node)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from gimli_compile.host_draws import generators_forked, host_states
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.recording import Baked
 from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
+from gimli_compile.several_optimizers import kind_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
 from gimli_compile.transforms import is_differentiated, outside_transforms, representatives
@@ -80,7 +81,7 @@ class UpdateTable:
                 return variant, results
         raise CaptureError(
             compose_message(
-                f"the conditions on tensor values in `{type(self.view.optimizer).__name__}.step` do not settle",
+                f"the conditions on tensor values in `{kind_of(self.view.optimizer)}.step` do not settle",
                 None,
                 "A program captured from these very values computes other outcomes than the step itself, "
                 "or tasks that run together have different ones.",
@@ -161,13 +162,13 @@ def assemble(
 def representatives_of(inputs: UpdateInputs) -> UpdateInputs:
     """Returns plain tensors in place of those that torch.func wrapped."""
     data = inputs.data
-    given = None if data is None else (data.buffers, data.batch, data.meta)
+    given = None if data is None else (data.buffers, data.batch, data.meta, dict(data.grads))
     params, grads, state, hyper, given = representatives(
         (dict(inputs.params), dict(inputs.grads), dict(inputs.opt_state), dict(inputs.hyper), given)
     )
     if data is not None:
-        buffers, batch, meta = given
-        data = StepData(buffers, batch, meta, data.form)
+        buffers, batch, meta, held = given
+        data = StepData(buffers, batch, meta, data.form, held)
     return UpdateInputs(params, grads, OptState(inputs.opt_state.skeleton, state), hyper, data=data)
 
 
@@ -177,7 +178,7 @@ def signature(inputs: UpdateInputs) -> Any:
     return (
         inputs.opt_state.skeleton,
         tuple((name, form(value)) for name, value in inputs.params.items()),
-        tuple((name, tuple(map(form, _parts(value)))) for name, value in inputs.grads.items()),
+        _gradient_forms(inputs.grads),
         tuple(map(form, state.values())),
         tuple(map(form, hyper.values())),
         partition([part for value in inputs.grads.values() for part in _parts(value)]),
@@ -188,7 +189,12 @@ def signature(inputs: UpdateInputs) -> Any:
 
 
 def _data_form(data: StepData) -> Any:
-    return data.form, tuple(map(form, data.buffers.values())), tree_form((data.batch, data.meta))
+    held = _gradient_forms(data.grads)
+    return data.form, tuple(map(form, data.buffers.values())), tree_form((data.batch, data.meta)), held
+
+
+def _gradient_forms(grads: Mapping[str, Gradient]) -> Any:
+    return tuple((name, tuple(map(form, _parts(value)))) for name, value in grads.items())
 
 
 def _parts(gradient: Gradient) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ import torch
 from gimli_compile.row_gradients import Gradient
 from gimli_compile.row_gradients import by_slot as gradients_by_slot
 from gimli_compile.skeleton import Leaf, Skeleton, Value
-from gimli_compile.slot import Role, Slot
+from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.state import OptState, Tensors
 from gimli_compile.tree_slots import tree_slots
 
@@ -20,17 +20,19 @@ from gimli_compile.tree_slots import tree_slots
 class StepData:
     """What a train step takes besides parameters and the optimizer: buffers by name, the batch, the meta-parameters.
 
-    `form` stands for what else a capture depends on: the model's flags.
+    `form` stands for what else a capture depends on: the model's flags. `grads` are in `.grad` when the step begins.
     """
 
     buffers: Tensors
     batch: Any = None
     meta: Any = None
     form: Any = None
+    grads: Mapping[str, Gradient] = field(default_factory=dict)
 
     def by_slot(self) -> dict[Slot, torch.Tensor]:
         """Returns the values by slot."""
         found = {Slot(Role.BUFFER, name): value for name, value in self.buffers.items()}
+        found.update(gradients_by_slot(self.grads, HELD))
         return {**found, **tree_slots(Role.BATCH, self.batch), **tree_slots(Role.META, self.meta)}
 
 
@@ -72,7 +74,7 @@ class UpdateInputs:
 class UpdateOutputs:
     """What one update ends with: parameters by name, the structure, and the values by path.
 
-    A whole train step also leaves buffers by name and returns something: its loss.
+    A whole train step also leaves buffers by name, gradients in `.grad`, and returns something: its loss.
     """
 
     params: dict[str, torch.Tensor]
@@ -80,3 +82,4 @@ class UpdateOutputs:
     values: dict[str, Value]
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     returned: Any = None
+    grads: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -71,11 +71,12 @@ def _backward(
     def total(part: fx.Node) -> fx.Node:
         return call(aten.sum.dim_IntList, part, across) if across else part
 
+    weight, shape = affine
+    value, upstream, weight = (_widened(graph, part, like) for part in (value, upstream, weight))
     both = call(aten.var_mean.correction, value, within, correction=0, keepdim=True)
     variance, mean = call(operator.getitem, both, 0), call(operator.getitem, both, 1)
     deviation = call(aten.rsqrt.default, call(aten.add.Scalar, variance, eps))
     normal = call(aten.mul.Tensor, call(aten.sub.Tensor, value, mean), deviation)
-    weight, shape = affine
     inner = upstream
     if weight is not None:
         inner = call(aten.mul.Tensor, upstream, call(aten.reshape.default, weight, shape))
@@ -104,15 +105,26 @@ def _running_statistics(graph: fx.Graph, node: fx.Node) -> None:
     both = call(aten.native_batch_norm.default, value, weight, bias, None, None, True, momentum, eps)
     fixed = call(aten.detach.default, value)
     fixed.meta["stop"] = True
+    fixed = _widened(graph, fixed, node)
     moments = call(aten.var_mean.correction, fixed, within, correction=1)
     variance, mean = call(operator.getitem, moments, 0), call(operator.getitem, moments, 1)
     outputs = tuple(call(operator.getitem, both, index) for index in range(3))
     _replace(graph, node, (*outputs, blend(running_mean, mean), blend(running_var, variance)))
 
 
+def _widened(graph: fx.Graph, value: Any, like: fx.Node) -> Any:
+    """Returns a value in the precision that the operators compute in, and round once at the end."""
+    if value is None or value.meta["val"].dtype not in (torch.bfloat16, torch.float16):
+        return value
+    return insert_call(graph, aten._to_copy.default, (value,), {"dtype": torch.float32}, like=like)
+
+
 def _replace(graph: fx.Graph, node: fx.Node, made: tuple[fx.Node, ...]) -> None:
     for user in list(node.users):
-        user.replace_all_uses_with(made[arguments_of(user)[1]])
+        result, dtype = made[arguments_of(user)[1]], user.meta["val"].dtype
+        if result.meta["val"].dtype != dtype:
+            result = insert_call(graph, aten._to_copy.default, (result,), {"dtype": dtype}, like=node)
+        user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(node)
 

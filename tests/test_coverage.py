@@ -17,7 +17,7 @@ from gimli_compile.coverage.discovery import optimizer_classes
 from gimli_compile.coverage.places import places_of
 from gimli_compile.coverage.slopes import central_slope, local_slope, nearby_jump, noisy_slope, side_slope
 from gimli_compile.coverage.verdict import Line, judge
-from gimli_compile.functional import functionalize
+from gimli_compile.entry import functionalize
 
 SOURCE = '''
 import torch

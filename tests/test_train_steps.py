@@ -109,8 +109,31 @@ def by_functions(model, optimizer, batch):
     return loss
 
 
+def noisy(model, optimizer, batch):
+    """Noise on every gradient, drawn anew in every step."""
+    optimizer.zero_grad()
+    loss = squared_error(model, batch)
+    loss.backward()
+    for p in model.parameters():
+        p.grad.add_(torch.randn_like(p.grad), alpha=0.05)
+    optimizer.step()
+    return loss
+
+
+def signed(model, optimizer, batch):
+    """Gradients clipped by value, then half of them but their signs."""
+    optimizer.zero_grad()
+    loss = squared_error(model, batch)
+    loss.backward()
+    nn.utils.clip_grad_value_(model.parameters(), 0.2)
+    first, *_ = model.parameters()
+    first.grad.sign_().mul_(0.1)
+    optimizer.step()
+    return loss
+
+
 STEPS = {step.__name__: step for step in (
-    clipping, accumulating, editing, penalizing, two_losses, reading, by_functions
+    clipping, accumulating, editing, penalizing, two_losses, reading, by_functions, noisy, signed
 )}  # fmt: skip
 
 
@@ -432,6 +455,20 @@ def test_an_optimizer_with_a_generator_of_torch_draws_what_eager_draws():
         state, _ = fn.step(state, batch)
         for name, value in expected.params[t].items():
             torch.testing.assert_close(state.params[name], value, rtol=1e-12, atol=0)
+
+
+def test_a_weight_decay_of_zero_beside_a_frozen_layer_has_its_derivative():
+    """What the step leaves alone is no result of its program, and was taken for a difference."""
+
+    def frozen():
+        model = network()
+        model[0].requires_grad_(False)
+        return model
+
+    check_gradients(
+        training_of(clipping, lambda params: torch.optim.SGD(params, lr=0.07), steps=3, model=frozen),
+        ["groups.0.lr", "groups.0.weight_decay"],
+    )
 
 
 def test_plain_sgd_without_a_loss_function():

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from gimli_compile.coverage.live import Drive, Trial, projection, seed_everything
-from gimli_compile.functional import Functional, functionalize
+from gimli_compile.entry import functionalize
+from gimli_compile.functional import Functional
 from gimli_compile.program import Program
 from gimli_compile.state import Hyperparameters, TrainState
 

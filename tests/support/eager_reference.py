@@ -141,7 +141,7 @@ def directions(tensors, seed):
 def set_number(optimizer, path, value):
     """Sets `groups.0.betas.1` on a live optimizer."""
     _, index, key, *rest = path.split(".")
-    group = optimizer.param_groups[int(index)]
+    group = groups_of(optimizer)[int(index)]
     if rest:
         entries = list(group[key])
         entries[int(rest[0])] = value
@@ -154,8 +154,14 @@ def set_number(optimizer, path, value):
 
 def get_number(optimizer, path):
     _, index, key, *rest = path.split(".")
-    value = optimizer.param_groups[int(index)][key]
+    value = groups_of(optimizer)[int(index)][key]
     return float(value[int(rest[0])] if rest else value)
+
+
+def groups_of(optimizer):
+    """Returns the groups of an optimizer, or of a tuple, list or dict of optimizers."""
+    each = optimizer if isinstance(optimizer, (tuple, list)) else getattr(optimizer, "values", lambda: [optimizer])()
+    return [group for one in each for group in one.param_groups]
 
 
 def central(function, h):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from eager_reference import finite_difference, hyper_leaves, relative_error, set_number
+from eager_reference import finite_difference, get_number, hyper_leaves, relative_error, set_number
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -24,7 +24,7 @@ class Training:
 
     The loss takes `meta` if there is one. `seed` is that of the draws of the loop. `step` takes one live step of the
     optimizer along what `evaluate` returns, and returns the loss before it; `train_step` is given to `functionalize` in
-    place of the loss.
+    place of the loss; `options` are further ones of it.
     """
 
     model: Callable[[], Any]
@@ -36,6 +36,7 @@ class Training:
     prepare: Callable[[torch.nn.Module], Any] = field(default=lambda model: None)
     step: Any = None
     train_step: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> tuple[Any, Any]:
         """Returns the model and the optimizer, always with the same values."""
@@ -55,8 +56,8 @@ class Training:
     def functionalize(self, model, optimizer):
         """Functionalizes with the loss or the train step."""
         if self.train_step is not None:
-            return gimli.functionalize(model, optimizer, train_step=self.train_step)
-        return gimli.functionalize(model, optimizer, self.loss)
+            return gimli.functionalize(model, optimizer, train_step=self.train_step, **self.options)
+        return gimli.functionalize(model, optimizer, self.loss, **self.options)
 
 
 def sgd(params):
@@ -92,6 +93,16 @@ def copied(named):
 
 
 def live_step(training, model, optimizer, batch, meta):
+    """Takes one step of the live loop; buffers that are to stay are put back by hand."""
+    before = copied(model.named_buffers()) if training.options.get("buffers") == "freeze" else {}
+    loss = _live_step(training, model, optimizer, batch, meta)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before.get(name, buffer))
+    return loss
+
+
+def _live_step(training, model, optimizer, batch, meta):
     if training.train_step is not None:
         arguments = (model, optimizer, batch) if training.meta is None else (model, optimizer, batch, meta)
         return training.train_step(*arguments).detach().clone()
@@ -164,7 +175,8 @@ class Untouched:
 
     def _look(self):
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        state = self.optimizer.state_dict() if hasattr(self.optimizer, "state_dict") else {}
+        each = pytree.tree_leaves(self.optimizer)
+        state = [one.state_dict() for one in each if hasattr(one, "state_dict")]
         state = pytree.tree_map_only(torch.nn.Module, lambda module: (id(module), module.state_dict()), state)
         return {
             "ids": {name: id(tensor) for name, tensor in tensors.items()},
@@ -332,9 +344,7 @@ def hyper_error(training, path, grads):
 
 
 def hyper_value(training, path):
-    _, index, key, *rest = path.split(".")
-    value = training.start()[1].param_groups[int(index)][key]
-    return float(value[int(rest[0])] if rest else value)
+    return get_number(training.start()[1], path)
 
 
 def params_error(training, inputs, grads):

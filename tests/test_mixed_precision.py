@@ -1,0 +1,349 @@
+"""Autocast, models in bfloat16, and gradient scalers."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eager_reference import projection
+from live_training import GRADIENTS, assert_equal_tensors, copied, normal, slope_error
+from torch import nn
+
+import gimli_compile as gimli
+
+
+def multilayer():
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def layer_normed():
+    return nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def batch_normed():
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 2))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+    )
+
+
+def batches_of(steps, dtype=torch.float32):
+    return [(normal(6, 3, seed=2 * t).to(dtype), normal(6, 2, seed=2 * t + 1).to(dtype)) for t in range(steps)]
+
+
+def mixed_loss(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+
+def mixed_step(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss = mixed_loss(model, batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss
+
+
+def live_step(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss = mixed_loss(model, batch)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def adam(params):
+    return torch.optim.Adam(params, lr=0.01, eps=1e-3)
+
+
+def make(kind, optimizer, dtype=torch.float32):
+    torch.manual_seed(1)
+    model = kind().to(dtype)
+    return model, optimizer(model.parameters())
+
+
+ROUNDINGS = 0.02  # some of bfloat16, whose eps is 0.008: normalizations are written out
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("kind", [multilayer, layer_normed, batch_normed, convolutional])
+def test_autocast_equals_the_live_loop(kind, optimizer, is_whole):
+    model, live = make(kind, optimizer)
+    fn = gimli.functionalize(model, live, None if is_whole else mixed_loss, train_step=mixed_step if is_whole else None)
+    state = fn.init()
+    for batch in batches_of(4):
+        state, loss = fn.step(state, batch)
+        expected = (mixed_step if is_whole else live_step)(model, live, batch)
+        tolerance = 0.0 if kind is multilayer else ROUNDINGS
+        assert loss.dtype == expected.dtype
+        torch.testing.assert_close(loss, expected.detach(), rtol=tolerance, atol=0)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(state.params[name], p.detach(), rtol=tolerance, atol=tolerance * 0.1)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("kind", [multilayer, layer_normed, batch_normed])
+def test_a_model_in_low_precision_equals_the_live_loop(kind):
+    def loss_fn(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    # Adam would blow up the bias before a batch norm, whose gradient is nothing but rounding
+    model, live = make(kind, sgd if kind is batch_normed else adam, torch.bfloat16)
+    fn = gimli.functionalize(model, live, loss_fn)
+    state = fn.init()
+    for batch in batches_of(4, torch.bfloat16):
+        state, _ = fn.step(state, batch)
+        live.zero_grad()
+        loss_fn(model, batch).backward()
+        live.step()
+        for name, p in model.named_parameters():
+            tolerance = 0.0 if kind is multilayer else ROUNDINGS
+            torch.testing.assert_close(state.params[name], p.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [multilayer, layer_normed])
+def test_the_gradient_through_autocast_is_that_of_eager_autograd(kind):
+    """The same loop by hand, with a graph: finite differences of roundings would say nothing."""
+    model, live = make(kind, lambda params: torch.optim.SGD(params, lr=0.1))
+    fn = gimli.functionalize(model, live, mixed_loss)
+    state, hyper = fn.init(), fn.hyperparameters()
+    rate = hyper[0]["lr"].requires_grad_()
+    start = [p.requires_grad_() for p in state.params.values()]
+    after, losses = fn.unroll(state, batches_of(3), hyper)
+    got = torch.autograd.grad(losses.sum() + projection(after.params).float(), [rate, *start])
+
+    again = torch.tensor(0.1, requires_grad=True)
+    first = [p.detach().clone().requires_grad_() for p in state.params.values()]
+    params, total = dict(zip(state.params, first, strict=True)), torch.zeros(())
+    for batch in batches_of(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            loss = F.mse_loss(torch.func.functional_call(model, params, (batch[0],)), batch[1])
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {name: p - again * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        total = total + loss
+    expected = torch.autograd.grad(total + projection(params).float(), [again, *first])
+    for value, other in zip(got, expected, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(value.float(), other, rtol=0.03, atol=0.03 * scale)
+
+
+# ---------------------------------------------------------------------- scaled losses
+
+
+def scaled_step(scaler, *, loss_fn=mixed_loss, unscales=True):
+    def step(model, optimizer, batch):
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch)
+        scaler.scale(loss).backward()
+        if unscales:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return step
+
+
+def scaler_of(**options):
+    return torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, "growth_interval": 2, **options})
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("warm", [0, 3])
+def test_a_scaler_equals_the_live_loop(unscales, warm):
+    model, live = make(multilayer, sgd)
+    scaler = scaler_of()
+    step = scaled_step(scaler, unscales=unscales)
+    for batch in batches_of(warm):
+        step(model, live, batch)
+    before = scaler.state_dict()
+    fn = gimli.functionalize(model, live, train_step=step, objects={"scaler": scaler})
+    state = fn.init()
+    history = []
+    for batch in batches_of(5):
+        state, loss = fn.step(state, batch)
+        history.append((loss, state))
+    assert scaler.state_dict() == before
+    for batch, (loss, after) in zip(batches_of(5), history, strict=True):
+        assert torch.equal(step(model, live, batch), loss)
+        assert_equal_tensors(after.params, copied(model.named_parameters()), 0.0)
+        assert float(after.opt_state["scaler._scale"]) == scaler.get_scale()
+        assert int(after.opt_state["scaler._growth_tracker"]) == scaler.state_dict()["_growth_tracker"]
+
+
+def test_a_step_whose_gradients_are_infinite_is_skipped():
+    """Whether they are is decided anew in every step."""
+    model, live = make(multilayer, sgd)
+    scaler = scaler_of()
+    step = scaled_step(scaler)
+    fn = gimli.functionalize(model, live, train_step=step, objects={"scaler": scaler})
+    state = fn.init()
+    batches = batches_of(6)
+    for t in (2, 3):
+        batches[t] = (batches[t][0], batches[t][1] * 1e37)
+    for batch in batches:
+        state, _ = fn.step(state, batch)
+        step(model, live, batch)
+        assert_equal_tensors(state.params, copied(model.named_parameters()), 0.0)
+        assert float(state.opt_state["scaler._scale"]) == scaler.get_scale()
+    assert scaler.get_scale() == 2.0**10
+
+
+def test_the_gradient_through_a_scaler_equals_finite_differences():
+    """In double precision, where scales are exact powers of two."""
+
+    def squared(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def start():
+        model, live = make(multilayer, sgd, torch.float64)
+        scaler = scaler_of(growth_factor=2.5)
+        return model, live, scaler, scaled_step(scaler, loss_fn=squared)
+
+    batches = batches_of(4, torch.float64)
+
+    def trained(offset):
+        model, live, _, step = start()
+        live.param_groups[0]["lr"] += offset
+        for batch in batches:
+            step(model, live, batch)
+        return float(projection(copied(model.named_parameters())))
+
+    model, live, scaler, step = start()
+    fn = gimli.functionalize(model, live, train_step=step, objects={"scaler": scaler})
+    hyper = fn.hyperparameters()
+    rate = hyper[0]["lr"].requires_grad_()
+    state, _ = fn.unroll(fn.init(), batches, hyper)
+    total = projection(state.params)
+    assert abs(float(total.detach()) - trained(0.0)) <= 1e-6  # its float32 factor rounds
+    (slope,) = torch.autograd.grad(total, rate)
+    assert slope_error(float(slope), trained) <= GRADIENTS
+
+
+def test_a_scaler_that_nobody_passed_is_refused_and_left_alone():
+    model, live = make(multilayer, sgd)
+    scaler = scaler_of()
+    before = scaler.state_dict()
+    fn = gimli.functionalize(model, live, train_step=scaled_step(scaler))
+    with pytest.raises(gimli.CaptureError, match=r"of a GradScaler that has a `state_dict`[\s\S]*objects="):
+        fn.step(fn.init(), batches_of(1)[0])
+    assert scaler.state_dict() == before
+    assert scaler._scale is None
+
+
+def test_a_scaler_that_is_turned_off_needs_no_mention():
+    model, live = make(multilayer, sgd)
+    step = scaled_step(scaler_of(enabled=False))
+    fn = gimli.functionalize(model, live, train_step=step)
+    state, _ = fn.step(fn.init(), batches_of(1)[0])
+    step(model, live, batches_of(1)[0])
+    assert_equal_tensors(state.params, copied(model.named_parameters()), 0.0)
+
+
+# ---------------------------------------------------------------------- other objects of a train step
+
+
+class Average:
+    """An average of the weights beside the training, and a count of what it saw."""
+
+    def __init__(self, model, rate=0.75):
+        self.rate, self.count = rate, 0
+        self.kept = [p.detach().clone() for p in model.parameters()]
+
+    def update(self, model):
+        self.count += 1
+        with torch.no_grad():
+            for slow, p in zip(self.kept, model.parameters(), strict=True):
+                slow.lerp_(p, (1 - self.rate) / self.count)
+
+
+def averaged(average):
+    def step(model, optimizer, batch):
+        optimizer.zero_grad()
+        pull = sum(((p - slow) ** 2).sum() for p, slow in zip(model.parameters(), average.kept, strict=True))
+        loss = F.mse_loss(model(batch[0]), batch[1]) + 0.1 * pull
+        loss.backward()
+        optimizer.step()
+        average.update(model)
+        return loss
+
+    return step
+
+
+def test_an_average_of_the_weights_is_state():
+    def start():
+        model, live = make(multilayer, sgd, torch.float64)
+        average = Average(model)
+        return model, live, average, averaged(average)
+
+    batches = batches_of(4, torch.float64)
+
+    def trained(offset):
+        model, live, average, step = start()
+        average.rate += offset
+        for batch in batches:
+            step(model, live, batch)
+        return model, live, average
+
+    model, live, average, step = start()
+    fn = gimli.functionalize(model, live, train_step=step, objects={"average": average})
+    hyper = fn.hyperparameters()
+    rate = hyper.attributes["average.rate"].requires_grad_()
+    state, _ = fn.unroll(fn.init(), batches, hyper)
+    expected, _, kept = trained(0.0)
+    assert_equal_tensors(state.params, copied(expected.named_parameters()))
+    assert_equal_tensors({str(i): state.opt_state[f"average.kept.{i}"] for i in range(4)}, dict(copied(
+        (str(i), slow) for i, slow in enumerate(kept.kept)
+    )))  # fmt: skip
+    assert int(state.opt_state["average.count"]) == kept.count == 4
+    assert average.count == 0
+    (slope,) = torch.autograd.grad(projection(state.params), rate)
+    live_value: Any = lambda offset: float(projection(copied(trained(offset)[0].named_parameters())))  # noqa: E731
+    assert slope_error(float(slope), live_value) <= GRADIENTS
+
+    other, its, beside, again = start()
+    with pytest.raises(gimli.InputError, match=r"Average 'average'[\s\S]*load_into\(model, optimizer, state, sch"):
+        fn.load_into(other, its, state)
+    fn.load_into(other, its, state, objects={"average": beside})
+    assert beside.count == 4
+    again(other, its, batches[0])
+    more, _ = fn.step(state, batches[0])
+    assert_equal_tensors(more.params, copied(other.named_parameters()))
+
+
+def test_objects_that_are_not_passed_are_left_alone_and_said():
+    model, live = make(multilayer, sgd, torch.float64)
+    average = Average(model)
+
+    def step(model, optimizer, batch):
+        average.count += 1
+        return live_step(model, optimizer, batch)
+
+    fn = gimli.functionalize(model, live, train_step=step)
+    with pytest.warns(gimli.BakedValueWarning, match=r"changes `Average.count`[\s\S]*objects="):
+        fn.step(fn.init(), batches_of(1, torch.float64)[0])
+    assert average.count == 0
+
+
+def test_things_that_are_no_objects_are_refused():
+    model, live = make(multilayer, sgd)
+    for objects, word in (
+        ([scaler_of()], "`objects` is a list"),
+        ({"count": 3}, "objects\\['count'\\] is a int"),
+        ({"net": multilayer()}, "Pass modules with the model"),
+        ({"state": scaler_of()}, "a name that nothing else has"),
+    ):
+        with pytest.raises(gimli.InputError, match=word):
+            gimli.functionalize(model, live, train_step=mixed_step, objects=objects)  # pyright: ignore
+    with pytest.raises(gimli.InputError, match="pass `train_step=` as well"):
+        gimli.functionalize(model, live, mixed_loss, objects={"scaler": scaler_of()})
