@@ -81,6 +81,8 @@ class _Prepared:
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         jax.config.update("jax_enable_x64", True)
+        if setting.device == "cuda" and jax.default_backend() == "cpu":
+            raise NotThereError("JAX was installed without CUDA")
         cast = partial(_cast, dtype=setting.dtype)
         self.params = jax.tree.map(cast, workload.params())
         self.hyper = jax.tree.map(cast, workload.hyper())

@@ -16,7 +16,7 @@ from benchmarks.roster import Contender
 from benchmarks.workloads import Workload
 
 TURN = 0.1  # seconds that a turn takes at least: fast runs are repeated
-SLOWDOWN = 20  # by which counting tensors may slow a run down
+SLOWDOWN = 4  # by which counting tensors may slow a run down
 
 
 @dataclass(frozen=True)

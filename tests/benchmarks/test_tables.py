@@ -43,7 +43,7 @@ def test_a_table_has_ratios_marks_and_the_absent(measured):
     lines = {
         line.split(" | ")[0].strip("| "): line for line in table(measured).splitlines() if line.startswith("| the")
     }
-    assert "| 4 | 2.00 | 4.00 | - | 2.5 | 1000 | 1e-15 | 1e-06 (1e-06) |" in lines["the slow"]
+    assert "| 4 | 2.00 | 4.00 | - | 2.5 | 5 | 1000 | 1e-15 | 1e-06 (1e-06) |" in lines["the slow"]
     assert "the partial (without gradients in hyperparameters)" in lines
     assert "NaN (nan)" in lines["the peer"]
     assert "- the gone (too slow: build took more than 300 s)" in table(measured)
