@@ -94,7 +94,7 @@ def by_hand(problem: Problem) -> Run:
     tasks = problem.task_batches()
 
     def run() -> dict[str, Any]:
-        start, hyper = problem.variables()
+        start, hyper = problem.variables(only=("params", *problem.workload.wanted))  # inner gradients need leaves
         losses = [_loss_of_task(problem, (start, hyper), batches, held_out) for batches, held_out in tasks]
         return gradients(torch.stack(losses).mean(), wanted_groups(problem, start, hyper))
 
@@ -104,8 +104,6 @@ def by_hand(problem: Problem) -> Run:
 def _loss_of_task(problem: Problem, start: Any, batches: Any, held_out: Any) -> Tensor:
     params, hyper = start
     state = first_state(problem.workload.rule, ops, params)
-    if "params" not in problem.workload.wanted:
-        params = {name: p.detach().requires_grad_() for name, p in params.items()}
     for count, batch in enumerate(batches, 1):
         params, state = inner_step(problem, params, state, hyper, batch, float(count))
     return problem.loss_at(params, held_out)
@@ -209,7 +207,7 @@ def compile_autograd(problem: Problem) -> Run:
     tasks = problem.task_batches()
 
     def run() -> dict[str, Any]:
-        start, hyper = problem.variables()
+        start, hyper = problem.variables(only=("params", *problem.workload.wanted))
         losses = [compiled(start, hyper, batches, held_out) for batches, held_out in tasks]
         return gradients(torch.stack(losses).mean(), wanted_groups(problem, start, hyper))
 
