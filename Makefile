@@ -1,17 +1,21 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+BENCH_BIN := .venv-bench/bin
+BENCH_STAMP := .venv-bench/.stamp
+BENCH_INSTALL := $(BENCH_BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help .venv demo test models lint format bench coverage layers clean
+.PHONY: help .venv demo test models lint format bench bench-gpu coverage layers clean
 
 help:  ## Lists the targets.
-	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z.-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 .venv: $(STAMP)  ## Sets up the virtual environment; PYTHON=python3.12 chooses the Python.
 
@@ -40,8 +44,18 @@ format: $(STAMP)  ## Formats the code and mends what can be mended.
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
-bench: $(STAMP)  ## Runs the benchmarks.
-	$(BIN)/python -m benchmarks
+bench: $(BENCH_STAMP)  ## Measures this project and its peers into docs/performance.md; BENCH_ARGS='--quick' in small.
+	$(BENCH_BIN)/python -m benchmarks --output docs/performance.md $(BENCH_ARGS)
+
+bench-gpu: $(BENCH_STAMP)  ## The same with torch's contenders on a GPU.
+	$(BENCH_BIN)/python -m benchmarks --device cuda --output docs/performance.md $(BENCH_ARGS)
+
+# The peers live apart: nothing that they require reaches the environment of development.
+$(BENCH_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH_INSTALL) torch
+	$(BENCH_INSTALL) --editable '.[bench]'
+	@touch $@
 
 coverage: $(STAMP)  ## Measures the optimizers of torch.optim and pytorch_optimizer into docs/coverage.md.
 	OMP_NUM_THREADS=1 $(BIN)/python -m gimli_compile coverage torch.optim pytorch_optimizer \
@@ -56,4 +70,4 @@ layers: $(STAMP)  ## Measures the layers and losses of torch.nn into docs/layers
 
 clean:  ## Removes caches and outputs; the virtual environment stays.
 	rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache torch_compile_debug benchmarks/output examples/output
-	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +

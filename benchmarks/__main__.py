@@ -1,118 +1,98 @@
-"""Times meta-gradients: all contenders in one run, in turn, several times; a wrong gradient is marked, not timed away.
+"""Measures meta-gradients: this project against its peers, all in one run, in turn, each in a process of its own.
 
-python -m benchmarks [--repeats 15] [--output docs/performance.md]
+    python -m benchmarks                                   # all workloads, all contenders
+    python -m benchmarks --workloads W2 W3 --repeats 15 --contenders gimli by-hand jax
+    python -m benchmarks --quick --repeats 2               # small versions of everything, to see that it works
+    python -m benchmarks --render --output docs/performance.md
+
+A contender is right if its loss and gradients in float64 agree with the reference's (Algorithm 1 by hand, one step at a
+time), and in float32 up to rounding; one that is not is marked. Every workload's results are a file in
+benchmarks/output/, so that workloads measured separately come together in one document.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.contenders import MetaGradient, Task, by_hand, compiled_program, plain_training
+from benchmarks import roster, workloads
+from benchmarks.measuring import Limits, measure
+from benchmarks.plots import plot_memory, plot_times
+from benchmarks.results import Measured, load
+from benchmarks.tables import replace_measured, report, table
 
-HEADER = ("contender", "median ms", "to plain training", "build s", "error in float64", "rounding of float32")
-WRONG = 1e-9  # the relative error of a meta-gradient in float64 from which on a contender is wrong
-
-
-def mlp_task(steps: int, optimizer: str) -> Task:
-    """One task of an MLP 32-64-64-5 on batches of 16."""
-    torch.manual_seed(1)
-    draw = partial(torch.randn, dtype=torch.float64)
-
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5))
-
-    batches = draw(steps, 16, 32), torch.randint(5, (steps, 16))
-    return Task(make, cross_entropy, batches, (draw(16, 32), torch.randint(5, (16,))), optimizer)
+OUTPUT = Path(__file__).parent / "output"
 
 
-CONTENDERS: dict[str, Callable[[Task, torch.dtype], MetaGradient]] = {
-    "plain training (no meta-gradient)": plain_training,
-    "gimli_compile, everything kept": compiled_program,
-    "gimli_compile, checkpoint='step'": partial(compiled_program, checkpoint="step"),
-    "optimizer copied by hand, create_graph": by_hand,
-}
-
-
-def relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Returns the largest difference, relative to the largest entry of each tensor."""
-    pairs = zip(found, expected, strict=True)
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
-
-
-def measure(task: Task, repeats: int) -> list[tuple[str, ...]]:
-    """Returns a row for each contender."""
-    exact = by_hand(task, torch.float64)()
-    runs, builds, errors = {}, {}, {}
-    for name, make in CONTENDERS.items():
-        start = time.perf_counter()
-        runs[name] = make(task, torch.float32)
-        found = runs[name]()
-        builds[name] = time.perf_counter() - start
-        doubles = make(task, torch.float64)()
-        errors[name] = (relative_error(doubles, exact), relative_error(found, exact)) if found else None
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    plain = statistics.median(times["plain training (no meta-gradient)"])
-    return [_row(name, statistics.median(times[name]), plain, builds[name], errors[name]) for name in runs]
-
-
-def _row(name: str, median: float, plain: float, build: float, errors: tuple[float, float] | None) -> tuple[str, ...]:
-    exact, rounding = errors if errors is not None else (None, None)
-    text = "-" if exact is None else f"{exact:.0e}" if exact < WRONG else f"WRONG ({exact:.0e})"
-    return (
-        name,
-        f"{median:.2f}",
-        f"{median / plain:.2f}",
-        f"{build:.2f}",
-        text,
-        "-" if rounding is None else f"{rounding:.0e}",
-    )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows as a Markdown table."""
-    lines = [HEADER, ["---"] * len(HEADER), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    """Measures and prints; writes the tables to a file if asked to."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="replaces the measured part of this Markdown file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    parts = [
-        f"torch {torch.__version__}, {platform.machine()} CPU, one thread, medians of {options.repeats} runs in turn."
-    ]
-    for optimizer in ("sgd", "adam"):
-        for steps in (5, 20, 100):
-            rows = measure(mlp_task(steps, optimizer), options.repeats)
-            parts.append(f"### MLP 32-64-64-5, batch 16, {optimizer}, {steps} steps, float32\n\n{table(rows)}")
-            print(parts[-1] + "\n", flush=True)
-    if options.output:
-        _replace_measured(options.output, "\n\n".join(parts))
+    parser.add_argument("--workloads", nargs="+", default=[], help="keys or their beginnings, as W3 or W3-adam-20")
+    parser.add_argument("--contenders", nargs="+", default=[], help="keys or their beginnings, as gimli or jax")
+    parser.add_argument("--list", action="store_true", help="lists workloads and contenders")
+    parser.add_argument("--quick", action="store_true", help="smaller workloads; the tables say so")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds in which all contenders are timed")
+    parser.add_argument("--time-limit", type=float, default=300, help="seconds for a contender's build, or one run")
+    parser.add_argument("--round-limit", type=float, default=600, help="seconds after which no new round begins")
+    parser.add_argument("--memory-limit", type=float, default=12, help="GiB that a contender's process may take")
+    parser.add_argument("--threads", type=int, help="instead of each workload's own number")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where torch's contenders run")
+    parser.add_argument("--results", type=Path, default=OUTPUT, help="the folder of the measurements")
+    parser.add_argument("--render", action="store_true", help="measures nothing, and writes what was measured")
+    parser.add_argument("--output", type=Path, help="the Markdown file to write into; plots go beside")
+    return parser.parse_args(arguments)
 
 
-def _replace_measured(path: Path, text: str) -> None:
-    begin, end = "<!-- measured -->", "<!-- end -->"
-    before, _, rest = path.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+def measure_all(args: argparse.Namespace, console: Console) -> None:
+    """Measures what was chosen, and saves every workload as soon as it is done."""
+    chosen = workloads.chosen(args.workloads, workloads.workloads(quick=args.quick))
+    contenders = roster.chosen(args.contenders)
+    memory = int(args.memory_limit * 2**30)
+    limits = Limits(args.repeats, args.time_limit, args.round_limit, memory, args.threads, args.device)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(chosen))
+        for workload in chosen:
+
+            def say(text: str, key: str = workload.key) -> None:
+                progress.update(bar, description=f"{key}, {text}")
+
+            measured = measure(workload, contenders, limits, args.results / "logs", say)
+            measured.save(args.results)
+            console.print(table(measured) + "\n", markup=False, soft_wrap=True)
+            progress.advance(bar)
+
+
+def write(every: Sequence[Measured], output: Path) -> None:
+    """Writes tables and plots."""
+    plots = [output.parent / f"{output.stem}_time.png", output.parent / f"{output.stem}_memory.png"]
+    plot_times(every, plots[0])
+    if not plot_memory(every, plots[1]):
+        plots.pop()
+    replace_measured(output, report(every, [plot.name for plot in plots]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, and writes the document if asked to."""
+    args = parse_arguments(arguments)
+    console = Console()
+    if args.list:
+        for key, workload in workloads.workloads(quick=args.quick).items():
+            console.print(f"{key:22} {workload.title}", markup=False, soft_wrap=True)
+        for contender in roster.CONTENDERS:
+            console.print(f"{contender.key:22} {contender.title}", markup=False, soft_wrap=True)
+        return
+    if not args.render:
+        measure_all(args, console)
+    if args.output:
+        every = load(args.results)
+        if not every:
+            raise SystemExit(f"nothing was measured in {args.results}")
+        write(every, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""This project: every way through the backward pass, on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gimli_compile as gimli
+from benchmarks.contenders_stock import live_optimizer
+from benchmarks.meta_gradient import NotThereError, Problem, Run, gradients, wanted_groups
+
+FEW = 8  # elements of all meta-parameters up to which forward mode is meant
+
+
+def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | None = None, **options: Any) -> Run:
+    """Unrolls with the options, on the live objects' programs or on compiled ones.
+
+    Args:
+        problem: the workload.
+        backend: that of `fn.compile`; None for the programs as they are.
+        only: differentiates in this group alone ("hyper" for forward mode).
+        options: those of `fn.unroll`.
+
+    Raises:
+        NotThereError: forward mode, and too many elements to differentiate in.
+    """
+    wanted = problem.workload.wanted if only is None else (only,)
+    if options.get("backward") == "forward":
+        _check_few(problem, wanted)
+    fn = _functional(problem)
+    if backend is not None and not hasattr(fn, "compile"):
+        raise NotThereError("`compile` does not exist")
+    runner = fn if backend is None else fn.compile(backend=backend)
+    buffers, opt_state = fn.init().buffers, fn.init().opt_state
+    tasks = problem.workload.tasks is not None
+    x, y = problem.held_out
+    outer = torch.func.vmap(problem.loss) if tasks else problem.loss
+
+    def run() -> dict[str, Any]:
+        start, numbers = problem.variables(only=wanted)
+        state = gimli.TrainState(start, buffers, opt_state)
+        hyper = _hyperparameters(fn, numbers)
+        try:
+            state, _ = runner.unroll(state, problem.batches, hyper, tasks=tasks, **options)
+        except gimli.InputError as error:
+            raise NotThereError(str(error)) from error
+        outputs = runner(state, x, tasks=True) if tasks else runner(state, x)
+        groups = wanted_groups(problem, start, numbers)
+        return gradients(outer(outputs, y).mean(), {name: groups[name] for name in wanted if name in groups})
+
+    return run
+
+
+def _check_few(problem: Problem, wanted: tuple[str, ...]) -> None:
+    count = sum(value.numel() for name in wanted for value in getattr(problem, name).values())
+    if any(name not in problem.workload.wanted for name in wanted) or count > FEW:
+        raise NotThereError(f"forward mode is for up to {FEW} numbers")
+
+
+def _functional(problem: Problem) -> gimli.Functional:
+    model = problem.module()
+    optimizer = live_optimizer(problem, list(model.parameters()))
+
+    def loss_fn(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return problem.loss(model(batch[0]), batch[1])
+
+    return gimli.functionalize(model, optimizer, loss_fn)
+
+
+def _hyperparameters(fn: gimli.Functional, numbers: dict[str, Tensor]) -> gimli.Hyperparameters:
+    """Returns the hyperparameters with these in their places."""
+    hyper = fn.hyperparameters()
+    if "rates" in numbers:
+        for group, rate in zip(hyper, numbers["rates"].unbind(), strict=True):
+            group["lr"] = rate
+    elif "lr" in numbers:
+        hyper[0]["lr"] = numbers["lr"]
+    else:
+        hyper.modules.update({f"rule.{name}": value for name, value in numbers.items()})
+    if "beta1" in numbers:
+        hyper[0]["betas"] = (numbers["beta1"], numbers["beta2"])
+        hyper[0]["eps"] = numbers["eps"]
+    return hyper
