@@ -19,6 +19,10 @@ class ProgramError(GimliError):
     """A graph breaks an invariant of `verify`: a fault of a pass, not of the user."""
 
 
+class CompileError(GimliError):
+    """A compiled program computes something else than the program that it was compiled from."""
+
+
 class BakedValueWarning(UserWarning):
     """A number of the optimizer had to be taken as a constant: its derivative is not in the program."""
 

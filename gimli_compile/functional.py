@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from gimli_compile.argument_checks import (
     check_callable,
@@ -22,6 +23,9 @@ from gimli_compile.argument_checks import (
     check_tensors,
     check_train_state,
 )
+from gimli_compile.compiled.backends import choose_backend
+from gimli_compile.compiled.calls import unroll_compiled
+from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.loss_table import LossTable
@@ -40,9 +44,10 @@ from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
+from gimli_compile.tasks import Tasks
 from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
-from gimli_compile.unrolling import Loop, Tasks, unroll_steps
+from gimli_compile.unrolling import Loop, unroll_steps
 from gimli_compile.update_table import UpdateTable
 from gimli_compile.update_values import UpdateInputs
 
@@ -129,6 +134,23 @@ class Functional:
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
         self._stepper = self._make_stepper()
+        self._compiler: LoopCompiler | None = None
+
+    def compile(self, backend: str = "auto", *, verify: bool = True) -> Functional:
+        """Returns the same functions with loops that run compiled programs, one for a step and one for its adjoint.
+
+        Args:
+            backend: "inductor" (machine code; needs a C++ compiler, or a GPU), "torchscript", "eager" (operator by
+                operator, with everything bound once), or "auto": Inductor where there is a compiler.
+            verify: each program compares itself, in its first call, with the program that it was compiled from.
+
+        Raises:
+            InputError: there is no such backend.
+            CompileError: (by a first call) a compiled program computes something else.
+        """
+        made = copy.copy(self)
+        made._compiler = LoopCompiler(self._stepper, choose_backend(backend), verify=verify)
+        return made
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
         if self.train_step is not None:
@@ -249,6 +271,9 @@ class Functional:
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
         self._check_step(state)
+        if self._compiler is not None:
+            state, losses = self.unroll(state, [batch], hyper, meta)
+            return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
         return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
 
     def _check_step(self, state: TrainState) -> None:
@@ -305,6 +330,10 @@ class Functional:
         values = self._hyper_values(hyper, tasks)
 
         model_key = self._model_view.signature()
+        if self._compiler is not None:
+            self._check_step(state)
+            loop = Loop(state, batches, values, meta)
+            return unroll_compiled(self._compiler, loop, model_key, backward, checkpoint, order, truncate, tasks)
         checked: list[bool] = []
 
         def step(now: TrainState, batch: Any, hyper: Any, meta: Any, draws: Any) -> tuple[TrainState, torch.Tensor]:

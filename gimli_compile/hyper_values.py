@@ -8,7 +8,7 @@ from gimli_compile.argument_checks import check_hyper, check_shapes
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.state import Hyperparameters, hyper_tensor
-from gimli_compile.unrolling import Tasks
+from gimli_compile.tasks import Tasks
 
 
 def hyper_values(view: OptimizerView, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:

@@ -88,17 +88,23 @@ class LossTable:
 
         `model_key` is the model's signature if the caller knows it, as a loop does.
         """
-        model_key = self.view.signature() if model_key is None else model_key
         values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
         values.update(tree_slots(Role.META, meta))
-        key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
-        known = self.gradients.setdefault(key, [])
+        known = self.known_gradients(state, batch, meta, trained, model_key)
         for gradient in _with_new(known, lambda: self._capture_gradient(state, batch, meta, trained)):
             program = gradient.program(order)
             results = program({**values, **program.draw(draws)})
             if gradient.captured.held(results):
                 return results[Slot(Role.LOSS)], from_slots(results, trained), _new_buffers(state.buffers, results)
         raise _unsettled(self.title)
+
+    def known_gradients(
+        self, state: TrainState, batch: Any, meta: Any, trained: list[str], model_key: Any = None
+    ) -> list[Gradient]:
+        """Returns the gradients that were captured for inputs of this form; the list grows with captures."""
+        model_key = self.view.signature() if model_key is None else model_key
+        key = (model_key, _forms(state.params, state.buffers), tree_form((batch, meta)), tuple(trained))
+        return self.gradients.setdefault(key, [])
 
     def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
         assert self.loss_fn is not None

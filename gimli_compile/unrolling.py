@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.state import TrainState
+from gimli_compile.tasks import Dims, Tasks, lead_with_tasks, task_dims
 
 Step = Callable[..., tuple[TrainState, torch.Tensor]]
-Tasks = bool | tuple[int | None, int | None, int | None, int | None]
 _BACKWARD = ("reverse",)
 
 
@@ -40,12 +40,12 @@ def unroll_steps(
     tasks: Tasks,
 ) -> tuple[TrainState, torch.Tensor]:
     """Runs `step` over the batches: see `Functional.unroll`."""
-    _check_options(backward, order, truncate)
+    check_options(backward, order, truncate)
     if isinstance(loop.batches, Iterator):
         loop = replace(loop, batches=list(loop.batches))
     step_dim = 0
-    if tasks is not False:
-        dims = (None, 0, None, None) if tasks is True else tasks
+    dims = task_dims(tasks)
+    if dims is not None:
         loop, step = _over_tasks(loop, step, dims)
         step_dim = 0 if dims[1] is None else 1  # the task leads, unless all tasks share the batches
     steps = split_batches(loop.batches, step_dim)
@@ -98,16 +98,12 @@ def _segment(step: Step) -> Callable[..., Any]:
     return run
 
 
-def _over_tasks(loop: Loop, step: Step, dims: tuple[int | None, ...]) -> tuple[Loop, Step]:
+def _over_tasks(loop: Loop, step: Step, dims: Dims) -> tuple[Loop, Step]:
     """Returns the loop in which whatever differs between tasks leads with the task, and the step for all tasks at once.
 
     The loop is outermost and each step is mapped over the tasks, so that a segment can be computed again as a whole.
     """
-    parts = [loop.state, loop.batches, loop.hyper, loop.meta]
-    state, batches, hyper, meta = (_lead(part, dim) for part, dim in zip(parts, dims, strict=True))
-    if dims[0] is None:
-        count = _task_count(batches, hyper, meta, dims)
-        state = _shared_by(state, count)
+    (state, batches, hyper, meta), _ = lead_with_tasks(loop.state, loop.batches, loop.hyper, loop.meta, dims)
     inner = [0, None if dims[1] is None else 0, *(None if dim is None else 0 for dim in dims[2:])]
 
     def mapped(state: TrainState, batch: Any, hyper: Any, meta: Any, draws: dict[Any, Any] | None) -> Any:
@@ -127,32 +123,6 @@ def _over_tasks(loop: Loop, step: Step, dims: tuple[int | None, ...]) -> tuple[L
     return Loop(state, batches, hyper, meta), mapped
 
 
-def _lead(tree: Any, dim: int | None) -> Any:
-    if dim is None or dim == 0:
-        return tree
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.movedim(dim, 0), tree)
-
-
-def _task_count(batches: Any, hyper: Any, meta: Any, dims: tuple[int | None, ...]) -> int:
-    for part, dim in zip((batches, hyper, meta), dims[1:], strict=True):
-        leaves = [leaf for leaf in pytree.tree_leaves(part) if isinstance(leaf, torch.Tensor)]
-        if dim is not None and leaves:
-            return leaves[0].shape[0]
-    raise InputError("`tasks` names no input with a task dimension. Give state, batches, hyper or meta one.")
-
-
-def _shared_by(state: TrainState, count: int) -> TrainState:
-    """Returns a state for each task, all views of one; tensors that are one object stay one."""
-    known: dict[int, torch.Tensor] = {}
-
-    def expand(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor.expand(count, *tensor.shape)
-        return known[id(tensor)]
-
-    return pytree.tree_map_only(torch.Tensor, expand, state)
-
-
 def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     """Returns how many steps lie between two states that are kept; None keeps everything."""
     if checkpoint is None:
@@ -166,7 +136,8 @@ def segment_length(checkpoint: str | int | None, steps: int) -> int | None:
     raise InputError(f"checkpoint={checkpoint!r} is not an option. Use None, 'step', 'sqrt' or a positive int.")
 
 
-def _check_options(backward: str, order: int, truncate: int | None) -> None:
+def check_options(backward: str, order: int, truncate: int | None) -> None:
+    """Refuses options that do not exist."""
     if backward not in _BACKWARD:
         raise InputError(f"backward={backward!r} is not an option. Use one of {', '.join(map(repr, _BACKWARD))}.")
     if order not in (1, 2):

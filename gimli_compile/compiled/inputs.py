@@ -1,0 +1,39 @@
+"""Train states as flat lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gimli_compile.skeleton import Skeleton
+from gimli_compile.slot import Role, Slot
+from gimli_compile.state import OptState, TrainState
+from gimli_compile.tree_slots import form
+
+Tensor = torch.Tensor
+
+
+def state_slots(state: TrainState) -> tuple[Slot, ...]:
+    """Returns the slots of a train state: parameters, buffers, the optimizer's state."""
+    roles = ((Role.PARAM, state.params), (Role.BUFFER, state.buffers), (Role.STATE, state.opt_state))
+    return tuple(Slot(role, path) for role, values in roles for path in values)
+
+
+def state_values(state: TrainState) -> list[Tensor]:
+    """Returns the tensors of a train state, in the order of `state_slots`."""
+    return [*state.params.values(), *state.buffers.values(), *state.opt_state.values()]
+
+
+def build_state(slots: Sequence[Slot], values: Sequence[Tensor], skeleton: Skeleton) -> TrainState:
+    """Returns the train state that these are the tensors of."""
+    parts: dict[Role, dict[str, Tensor]] = {Role.PARAM: {}, Role.BUFFER: {}, Role.STATE: {}}
+    for slot, value in zip(slots, values, strict=True):
+        parts[slot.role][slot.path] = value
+    return TrainState(parts[Role.PARAM], parts[Role.BUFFER], OptState(skeleton, parts[Role.STATE]))
+
+
+def forms(values: Sequence[Tensor]) -> Any:
+    """Returns the forms of tensors."""
+    return tuple(map(form, values))
