@@ -6,6 +6,7 @@ import functools
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,7 +36,7 @@ def compile_with_torchscript(module: fx.GraphModule) -> Executable:
         return run_in_python(module)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and says so at every call
-        traced = torch.jit.trace(_returning_tuple(module), examples, check_trace=False)
+        traced: Any = torch.jit.trace(_returning_tuple(module), examples, check_trace=False)
     return lambda inputs: traced(*inputs)
 
 
@@ -49,7 +50,8 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
     with inductor_config.patch(cpp_wrapper=native), torch.no_grad():
-        return compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
+        compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
+    return getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
 
 
 def _filled(fake: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def unroll_compiled(
     if dims is not None:
         (state, batches, hyper, meta), count = lead_with_tasks(state, batches, hyper, meta, dims)
         step_dim = 0 if dims[1] is None else 1
-        dims = (0, *(None if dim is None else 0 for dim in dims[1:4]))
+        batch, hypers, metas = (None if dim is None else 0 for dim in dims[1:])
+        dims = (0, batch, hypers, metas)
     steps = split_batches(batches, step_dim)
     inputs = LoopInputs(steps, hyper, meta, order, model_key, dims, count)
     cut = 0 if truncate is None else max(0, len(steps) - truncate)

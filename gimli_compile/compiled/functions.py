@@ -43,7 +43,6 @@ class CompiledFunction:
         what: str,
     ) -> None:
         self._build = build
-        self._examples = examples
         self._what = what
         self.halves: Halves = halves(function, examples, wanted, summed, lanes)
 
@@ -62,13 +61,3 @@ class CompiledFunction:
         """Computes the adjoints from residuals, the adjoints of the results, and accumulators."""
         assert self.halves.backward is not None
         return self._build(self.halves.backward, f"adjoint of {self._what}")
-
-    def zeros(self, result: int) -> Tensor:
-        """Returns the adjoint of a result that nothing depends on."""
-        fake = self.halves.results[result]
-        return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
-
-    def zero_adjoint(self, index: int) -> Tensor:
-        """Returns the adjoint of an input that nothing depends on."""
-        example = self._examples[index]
-        return torch.zeros(example.shape, dtype=example.dtype, device=example.device)

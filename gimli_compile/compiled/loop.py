@@ -62,25 +62,31 @@ def run_step(bound: Bound, pool: list[Tensor], kept: list[list[Tensor]] | None) 
 
 @dataclass
 class Adjoints:
-    """The adjoints on the way back: of what is carried, of what is shared, and of each step's batch."""
+    """The adjoints on the way back: of what is carried, of what is shared, and of each step's batch.
 
-    carried: list[Tensor | None]
-    shared: list[Tensor | None]
+    What is not differentiated has None.
+    """
+
+    carried: list[Any]
+    shared: list[Any]
     batches: list[dict[int, Tensor]]
 
 
-def run_backward(tape: Tape, last: list[Tensor | None], returned: list[list[Tensor | None]]) -> Adjoints:
+def run_backward(tape: Tape, last: list[Tensor | None], returned: Sequence[list[Tensor | None]]) -> Adjoints:
     """Runs the adjoint of every step, the last first; `last` and `returned` are adjoints of what the loop gave."""
-    adjoints = Adjoints(list(last), [None] * len(tape.shared), [{} for _ in tape.bound])
+    steps = len(tape.bound)
+    final = tape.bound[-1]
+    adjoints = Adjoints(final.adjoints_of_carried(last), final.adjoints_of_shared(), [{} for _ in range(steps)])
     residuals: list[list[Tensor]] = tape.kept
-    for index in reversed(range(len(tape.bound))):
-        if tape.segment is not None:
-            if (index + 1) % tape.segment == 0 or index == len(tape.bound) - 1:
+    for index in reversed(range(steps)):
+        bound = tape.bound[index]
+        if tape.segment is None:
+            saved = residuals[index]
+        else:
+            if (index + 1) % tape.segment == 0 or index == steps - 1:
                 residuals = _recompute(tape, index - index % tape.segment, index + 1)
             saved = residuals.pop()
-        else:
-            saved = residuals[index]
-        _step_back(tape.bound[index], saved, returned[index], adjoints, index)
+        _step_back(bound, saved, bound.adjoints_of_returned(returned[index]), adjoints, index)
     return adjoints
 
 
@@ -93,44 +99,34 @@ def _recompute(tape: Tape, first: int, end: int) -> list[list[Tensor]]:
     return part.kept
 
 
-def _step_back(
-    bound: Bound, residuals: list[Tensor], returned: list[Tensor | None], adjoints: Adjoints, index: int
-) -> None:
+def _step_back(bound: Bound, residuals: list[Tensor], returned: list[Any], adjoints: Adjoints, index: int) -> None:
     after = adjoints.carried
-    before: list[Tensor | None] = [None] * len(bound.before.slots)
+    given = [*after, *returned]
+    seeds = [
+        given[places[0]] if len(places) == 1 else _total([given[place] for place in places]) for places in bound.seeds
+    ]
+    shared = adjoints.shared
+    found = bound.compiled.backward([*residuals, *seeds, *(shared[place] for place in bound.accumulators)])
+    before: list[Any] = [None] * len(bound.before.slots)
     for place, source in bound.passed:
-        before[place] = _sum(before[place], after[source])
-    seeds = [_total([*(after[i] for i in carried), *(returned[i] for i in given)]) for _, carried, given in bound.seeds]
-    if any(seed is not None for seed in seeds):
-        compiled, shared = bound.compiled, adjoints.shared
-        inputs = list(residuals)
-        for (result, _, _), seed in zip(bound.seeds, seeds, strict=True):
-            inputs.append(compiled.zeros(result) if seed is None else seed)
-        for place, step_input in zip(bound.accumulators, compiled.halves.summed, strict=True):
-            total = shared[place]
-            inputs.append(compiled.zero_adjoint(step_input) if total is None else total)
-        found = compiled.backward(inputs)
-        for (carried, common, own), value in zip(bound.targets, found, strict=True):
-            if carried >= 0:
-                before[carried] = _sum(before[carried], value)
-            elif common >= 0:
-                shared[common] = value
-            else:
-                adjoints.batches[index][own] = value
+        before[place] = after[source]
+    for number, place in bound.to_carried:
+        value = found[number]
+        before[place] = value if before[place] is None else before[place] + value
+    for number, place in bound.to_shared:
+        shared[place] = found[number]
+    for number, place in bound.to_batch:
+        adjoints.batches[index][place] = found[number]
+    for place in bound.unused:
+        before[place] = bound.zero(place)
     adjoints.carried = before
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return first + second
-
-
-def _total(values: Sequence[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for value in values:
-        total = _sum(total, value)
-    return total if total is None else total.contiguous()
+def _total(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
 
 
 @dataclass(frozen=True)
@@ -179,10 +175,9 @@ class CompiledLoop(torch.autograd.Function):
         shared, *parts = ([next(saved) for _ in range(size)] for size in ctx.sizes)
         steps = len(ctx.bound)
         tape = Tape(ctx.bound, shared, parts[:steps], ctx.segment, parts[steps:])
-        stacked = [None if grad is None else grad.unbind(-1) for grad in grads[ctx.count :]]
-        returned = [[None if of is None else of[step] for of in stacked] for step in range(steps)]
         with torch.no_grad():
-            adjoints = run_backward(tape, list(grads[: ctx.count]), returned)
+            stacked = [[None] * steps if grad is None else grad.unbind(-1) for grad in grads[ctx.count :]]
+            adjoints = run_backward(tape, list(grads[: ctx.count]), [list(of) for of in zip(*stacked, strict=True)])
         sources: Sources = ctx.sources
         found = [
             *(adjoints.carried[place] for place in sources.carried),

@@ -123,7 +123,7 @@ class Planner:
                     step, examples, wanted, summed=summed, lanes=lanes, build=self._build, what=step.title
                 )
 
-            self._bound[key] = bind(step, slots, around, build)
+            self._bound[key] = bind(step, slots, around, pool, build)
         return self._bound[key]
 
 

@@ -24,7 +24,8 @@ HELD = Slot(Role.GUARD, "held")
 class StepFunction:
     """The programs that one step takes. `gradient` is None where one program is the whole step.
 
-    If there are conditions under which the programs hold, the last result is `HELD`: whether all came out as at capture.
+    If there are conditions under which the programs hold, the last result is `HELD`: whether all came out as at
+    capture.
     """
 
     gradient: Captured | None
