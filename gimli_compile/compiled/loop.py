@@ -176,7 +176,7 @@ class CompiledLoop(torch.autograd.Function):
         steps = len(ctx.bound)
         tape = Tape(ctx.bound, shared, parts[:steps], ctx.segment, parts[steps:])
         with torch.no_grad():
-            stacked = [[None] * steps if grad is None else grad.unbind(-1) for grad in grads[ctx.count :]]
+            stacked = [[None] * steps if grad is None else _by_step(grad) for grad in grads[ctx.count :]]
             adjoints = run_backward(tape, list(grads[: ctx.count]), [list(of) for of in zip(*stacked, strict=True)])
         sources: Sources = ctx.sources
         found = [
@@ -185,6 +185,10 @@ class CompiledLoop(torch.autograd.Function):
             *(adjoints.batches[step].get(place) for step, place in sources.batches),
         ]
         return (None, None, *map(_once, found))
+
+
+def _by_step(grad: Tensor) -> Sequence[Tensor]:
+    return grad.movedim(-1, 0).contiguous().unbind(0)
 
 
 class _Once(torch.autograd.Function):
