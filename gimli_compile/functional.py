@@ -287,8 +287,8 @@ class Functional:
                 )
             )
         check_train_state(state)
-        check_tensors(state.params, self._model_view.live_params, "state.params")
-        check_tensors(state.buffers, self._model_view.live_buffers, "state.buffers")
+        check_tensors(state.params, self._model_view.params, "state.params")
+        check_tensors(state.buffers, self._model_view.buffers, "state.buffers")
         check_state(state.opt_state, self._view)
 
     def unroll(
@@ -329,7 +329,7 @@ class Functional:
         """
         values = self._hyper_values(hyper, tasks)
 
-        model_key = self._model_view.signature()
+        model_key = self._model_view.options
         if self._compiler is not None:
             self._check_step(state)
             loop = Loop(state, batches, values, meta)

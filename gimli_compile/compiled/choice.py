@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.binding import Carried
-from gimli_compile.compiled.inputs import build_state
+from gimli_compile.compiled.inputs import build_state, named_slots
 from gimli_compile.compiled.steps import StepFunction
-from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loss_table import Gradient
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.skeleton import Skeleton
@@ -36,7 +34,7 @@ class LoopInputs:
     With tasks, `dims` are 0 or None for state, batches, hyper and meta, and `tasks` is their number.
     """
 
-    steps: Sequence[Any]
+    batches: Batches
     hyper: Mapping[str, Tensor]
     meta: Any
     order: int
@@ -44,47 +42,21 @@ class LoopInputs:
     dims: Dims | None = None
     tasks: int | None = None
 
-    @cached_property
-    def slots(self) -> tuple[Slot, ...]:
-        """The slots of a batch."""
-        return tuple(tree_slots(Role.BATCH, self.steps[0]))
-
-    @cached_property
-    def leaves(self) -> list[list[Tensor]]:
-        """The tensors of each batch, in the order of `slots`."""
-        found = [[leaf for leaf in pytree.tree_leaves(step) if isinstance(leaf, Tensor)] for step in self.steps]
-        for index, leaves in enumerate(found):
-            if len(leaves) != len(self.slots):
-                raise _other_structure(index)
-        return found
-
     def shared(self) -> dict[Slot, Tensor]:
         """Returns hyperparameters and meta by slot."""
-        found = {Slot(Role.HYPER, path): value for path, value in self.hyper.items()}
-        return {**found, **tree_slots(Role.META, self.meta)}
+        found = dict(zip(named_slots(Role.HYPER, tuple(self.hyper)), self.hyper.values(), strict=True))
+        return found if self.meta is None else {**found, **tree_slots(Role.META, self.meta)}
 
     def key(self) -> Any:
         """Returns what a plan depends on, besides the tensors' forms."""
-        forms = [tree_form(step) for step in self.steps]
-        batches = tuple(forms) if any(one != forms[0] for one in forms) else (forms[0], len(forms))
-        return batches, tree_form(self.meta), self.order, self.model_key, self.dims, self.tasks
+        meta = None if self.meta is None else tree_form(self.meta)
+        return self.batches.key(), meta, self.order, self.model_key, self.dims, self.tasks
 
     def lane_of(self, slot: Slot) -> int | None:
         """Returns the dimension of the tasks of a step's input."""
         if self.dims is None or slot.role is Role.CONSTANT:
             return None
         return {Role.BATCH: self.dims[1], Role.HYPER: self.dims[2], Role.META: self.dims[3]}.get(slot.role, 0)
-
-
-def _other_structure(index: int) -> InputError:
-    return InputError(
-        compose_message(
-            f"batch {index} has other tensors than batch 0",
-            None,
-            "A compiled loop binds the tensors of a batch to its programs once, for all steps.",
-            "Give all batches one structure, or unroll uncompiled.",
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +123,7 @@ def _forms_of(gradient: Gradient, trained: list[str]) -> dict[str, Any]:
 
 def _at(place: Place, inputs: LoopInputs, draws: Draws, call: Callable[[StepInputs], Any]) -> Any:
     """Calls a function with the inputs of one step; with tasks, as one of the tasks of `torch.vmap`."""
-    batch = inputs.steps[place.index]
+    batch = inputs.batches[place.index]
 
     def given(values: Sequence[Tensor], batch: Any, hyper: Any, meta: Any, noise: Draws) -> StepInputs:
         return StepInputs(place.state(values), batch, hyper, meta, inputs.order, noise, inputs.model_key)

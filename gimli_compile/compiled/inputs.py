@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,21 @@ from gimli_compile.tree_slots import form
 Tensor = torch.Tensor
 
 
+@functools.lru_cache(maxsize=512)
+def named_slots(role: Role, paths: tuple[str, ...]) -> tuple[Slot, ...]:
+    """Returns the slots of a role at these paths."""
+    return tuple(Slot(role, path) for path in paths)
+
+
 def state_slots(state: TrainState) -> tuple[Slot, ...]:
     """Returns the slots of a train state: parameters, buffers, the optimizer's state."""
-    roles = ((Role.PARAM, state.params), (Role.BUFFER, state.buffers), (Role.STATE, state.opt_state))
-    return tuple(Slot(role, path) for role, values in roles for path in values)
+    return _all_slots(tuple(state.params), tuple(state.buffers), tuple(state.opt_state))
+
+
+@functools.lru_cache(maxsize=512)
+def _all_slots(params: tuple[str, ...], buffers: tuple[str, ...], state: tuple[str, ...]) -> tuple[Slot, ...]:
+    parts = ((Role.PARAM, params), (Role.BUFFER, buffers), (Role.STATE, state))
+    return tuple(slot for role, paths in parts for slot in named_slots(role, paths))
 
 
 def state_values(state: TrainState) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -155,9 +156,10 @@ class CompiledLoop(torch.autograd.Function):
         """Returns what is carried out of the last step, then what the steps returned."""
         tape, last = ran.tape, ran.tape.bound[-1].after
         ctx.sources, ctx.bound, ctx.segment, ctx.count = sources, tape.bound, tape.segment, len(ran.carried)
-        parts = [tape.shared, *tape.rest, *tape.kept]
+        # What recomputation starts from is needed only where there is any.
+        parts = [*tape.kept] if tape.segment is None else [*tape.kept, tape.shared, *tape.rest]
         ctx.sizes = [len(part) for part in parts]
-        ctx.save_for_backward(*(value for part in parts for value in part))
+        ctx.save_for_backward(*chain.from_iterable(parts))
         taken = {id(tensor) for tensor in inputs}
         results = []
         for value in (*ran.carried, *ran.stacked):
@@ -171,10 +173,11 @@ class CompiledLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Runs the adjoints of the steps."""
-        saved = iter(ctx.saved_tensors)
-        shared, *parts = ([next(saved) for _ in range(size)] for size in ctx.sizes)
-        steps = len(ctx.bound)
-        tape = Tape(ctx.bound, shared, parts[:steps], ctx.segment, parts[steps:])
+        saved, steps = iter(ctx.saved_tensors), len(ctx.bound)
+        parts = [list(islice(saved, size)) for size in ctx.sizes]
+        count = steps if ctx.segment is None else -(-steps // ctx.segment)
+        kept, (shared, *rest) = parts[:count], parts[count:] or [[]]
+        tape = Tape(ctx.bound, shared, rest, ctx.segment, kept)
         with torch.no_grad():
             stacked = [[None] * steps if grad is None else _by_step(grad) for grad in grads[ctx.count :]]
             adjoints = run_backward(tape, list(grads[: ctx.count]), [list(of) for of in zip(*stacked, strict=True)])

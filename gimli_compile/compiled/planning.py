@@ -41,6 +41,8 @@ class Run:
 
     def rest(self, index: int, step: StepFunction) -> list[Tensor]:
         """Returns batch, draws and constants of a step; draws what was not drawn yet."""
+        if not step.draws and not step.constants:
+            return self.batches[index]
         while len(self.draws) <= index:
             self.draws.append({})
         drawn = self.draws[index]

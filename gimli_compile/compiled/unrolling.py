@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from gimli_compile.compiled.functions import Builder
 from gimli_compile.compiled.inputs import build_state, forms, state_slots, state_values
 from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward
 from gimli_compile.compiled.planning import Planner, Run
+from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
 from gimli_compile.stepping import SplitStepper, WholeStepper
 
@@ -57,25 +59,41 @@ class LoopCompiler:
 
 
 def _prepare(state: TrainState, inputs: LoopInputs, segment: int | None) -> Run:
-    slots, carried = state_slots(state), state_values(state)
-    common = inputs.shared()
-    is_recorded = torch.is_grad_enabled()
-    active = frozenset(slot for slot, value in zip(slots, carried, strict=True) if is_recorded and value.requires_grad)
-    wanted = {slot for slot, value in common.items() if is_recorded and value.requires_grad}
-    for leaves in inputs.leaves:
-        pairs = zip(inputs.slots, leaves, strict=True)
-        wanted |= {slot for slot, leaf in pairs if is_recorded and leaf.requires_grad}
+    carried, common, leaves = state_values(state), inputs.shared(), inputs.batches.leaves()
+    values = list(common.values())
+    flags = _flags(carried, values, leaves)
+    slots, around = _around(state_slots(state), tuple(common), inputs.batches.slots(), *flags)
     return Run(
-        Carried(slots, active),
+        slots,
         [value.contiguous() for value in carried],
-        Around(tuple(common), inputs.slots, frozenset(wanted)),
-        [value.contiguous() for value in common.values()],
-        [[leaf.contiguous() for leaf in leaves] for leaves in inputs.leaves],
+        around,
+        [value.contiguous() for value in values],
+        [[leaf.contiguous() for leaf in of_step] for of_step in leaves],
         state.opt_state.skeleton,
         inputs.tasks,
         segment,
-        record=bool(active or wanted),
+        record=any(map(any, flags)),
     )
+
+
+def _flags(*groups: Any) -> tuple[tuple[bool, ...], ...]:
+    """Returns what is differentiated: of what is carried, of what is shared, and of the batches, in any step."""
+    carried, shared, batches = groups
+    if not torch.is_grad_enabled():
+        return (False,) * len(carried), (False,) * len(shared), (False,) * len(batches[0])
+    own = tuple(any(leaf.requires_grad for leaf in of) for of in zip(*batches, strict=True))
+    return tuple(value.requires_grad for value in carried), tuple(value.requires_grad for value in shared), own
+
+
+@functools.lru_cache(maxsize=512)
+def _around(
+    state: tuple[Slot, ...], shared: tuple[Slot, ...], batch: tuple[Slot, ...], *flags: tuple[bool, ...]
+) -> tuple[Carried, Around]:
+    active, *wanted = (
+        frozenset(slot for slot, flag in zip(slots, of, strict=True) if flag)
+        for slots, of in zip((state, shared, batch), flags, strict=True)
+    )
+    return Carried(state, active), Around(shared, batch, wanted[0] | wanted[1])
 
 
 def _stacked(returned: Sequence[Sequence[Tensor]]) -> list[Tensor]:
