@@ -1,6 +1,6 @@
 """A compiler for meta-learning: turns live models and optimizers into pure, differentiable programs."""
 
-from gimli_compile.errors import BakedValueWarning, CaptureError, GimliError, InputError, ProgramError
+from gimli_compile.errors import BakedValueWarning, CaptureError, CompileError, GimliError, InputError, ProgramError
 from gimli_compile.functional import Functional, functionalize
 from gimli_compile.program import Program
 from gimli_compile.state import Hyperparameters, OptState, TrainState
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BakedValueWarning",
     "CaptureError",
+    "CompileError",
     "Functional",
     "GimliError",
     "Hyperparameters",

@@ -117,8 +117,9 @@ class Choice:
 def _forms_of(gradient: Gradient, trained: list[str]) -> dict[str, Any]:
     """Returns fake tensors of the form of the gradients that a program computes, one object for each value."""
     program = gradient.exact
+    fakes = {node: node.meta["val"].detach() for node in program.returned}  # the fakes of two nodes may be one object
     pairs = zip(program.results, program.returned, strict=True)
-    return from_slots({slot: node.meta["val"] for slot, node in pairs}, trained)
+    return from_slots({slot: fakes[node] for slot, node in pairs}, trained)
 
 
 def _at(place: Place, inputs: LoopInputs, draws: Draws, call: Callable[[StepInputs], Any]) -> Any:

@@ -159,7 +159,7 @@ class CompiledLoop(torch.autograd.Function):
         # What recomputation starts from is needed only where there is any.
         parts = [*tape.kept] if tape.segment is None else [*tape.kept, tape.shared, *tape.rest]
         ctx.sizes = [len(part) for part in parts]
-        ctx.save_for_backward(*chain.from_iterable(parts))
+        ctx.save_for_backward(*inputs, *chain.from_iterable(parts))
         taken = {id(tensor) for tensor in inputs}
         results = []
         for value in (*ran.carried, *ran.stacked):
@@ -174,6 +174,7 @@ class CompiledLoop(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Runs the adjoints of the steps."""
         saved, steps = iter(ctx.saved_tensors), len(ctx.bound)
+        inputs = list(islice(saved, len(ctx.needs_input_grad) - 2))
         parts = [list(islice(saved, size)) for size in ctx.sizes]
         count = steps if ctx.segment is None else -(-steps // ctx.segment)
         kept, (shared, *rest) = parts[:count], parts[count:] or [[]]
@@ -187,7 +188,7 @@ class CompiledLoop(torch.autograd.Function):
             *(adjoints.shared[place] for place in sources.shared),
             *(adjoints.batches[step].get(place) for step, place in sources.batches),
         ]
-        return (None, None, *map(_once, found))
+        return (None, None, *(_once(grad, inputs) for grad in found))
 
 
 def _by_step(grad: Tensor) -> Sequence[Tensor]:
@@ -198,7 +199,7 @@ class _Once(torch.autograd.Function):
     """The identity on a compiled gradient; its own derivative does not exist, and says so."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -213,8 +214,8 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(grad: Tensor | None) -> Tensor | None:
+def _once(grad: Tensor | None, inputs: list[Tensor]) -> Tensor | None:
     """Returns a gradient that refuses to be differentiated, where gradients of gradients are recorded."""
     if grad is None or not torch.is_grad_enabled():
         return grad
-    return _Once.apply(grad, torch.zeros((), requires_grad=True))
+    return _Once.apply(grad, *inputs)

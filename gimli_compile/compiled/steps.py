@@ -119,7 +119,7 @@ class StepFunction:
 
 
 def _is(condition: Tensor, outcome: bool) -> Tensor:
-    return (condition == outcome).all()
+    return (condition if outcome else condition.logical_not()).all()
 
 
 def _all(conditions: Iterable[Tensor]) -> Tensor:

@@ -115,14 +115,21 @@ def _first_wrong(backend: Backend, module: fx.GraphModule, inputs: list[Tensor])
 
 
 def _up_to(module: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
-    """Returns the graph that ends with one node and returns it."""
+    """Returns the graph that ends with one node and returns everything that the rest of the graph would use."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        if node.op == "output":
-            break
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = dict(node.meta)
-    graph.output((copies[last],))
+        if node is last:
+            break
+    open_ends = [
+        copies[node]
+        for node in copies
+        if node.op == "call_function"
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and (node is last or any(user not in copies for user in node.users))
+    ]
+    graph.output(tuple(open_ends))
     graph.eliminate_dead_code()
     return fx.GraphModule(module, graph)
