@@ -1,7 +1,7 @@
 """A compiler for meta-learning: turns live models and optimizers into pure, differentiable programs."""
 
 from gimli_compile.entry import functionalize
-from gimli_compile.errors import BakedValueWarning, CaptureError, GimliError, InputError, ProgramError
+from gimli_compile.errors import BakedValueWarning, CaptureError, CompileError, GimliError, InputError, ProgramError
 from gimli_compile.functional import Functional
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.program import Program
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BakedValueWarning",
     "CaptureError",
+    "CompileError",
     "Functional",
     "GimliError",
     "Hyperparameters",

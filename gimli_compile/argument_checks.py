@@ -248,9 +248,10 @@ def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Te
 def check_start(state: Any, model: ModelView, view: OptimizerView) -> None:
     """Refuses to step from what is no state of this model and optimizer."""
     check_train_state(state)
-    check_tensors(state.params, model.live_params, "state.params")
-    check_tensors(state.buffers, model.live_buffers, "state.buffers")
-    check_gradients(state.grads, model.live_params)
+    model.refresh()
+    check_tensors(state.params, model.params, "state.params")
+    check_tensors(state.buffers, model.buffers, "state.buffers")
+    check_gradients(state.grads, model.params)
     check_state(state.opt_state, view)
 
 

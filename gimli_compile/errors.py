@@ -19,6 +19,10 @@ class ProgramError(GimliError):
     """A graph breaks an invariant of `verify`: a fault of a pass, not of the user."""
 
 
+class CompileError(GimliError):
+    """A compiled program computes something else than the program that it was compiled from."""
+
+
 class BakedValueWarning(UserWarning):
     """A number, or a value that a step found by search, is a constant: its derivative is not in the program."""
 

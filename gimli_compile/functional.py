@@ -26,6 +26,9 @@ from gimli_compile.argument_checks import (
     check_train_state,
     guards_branches,
 )
+from gimli_compile.compiled.backends import choose_backend
+from gimli_compile.compiled.calls import step_compiled, unroll_compiled
+from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
@@ -105,6 +108,23 @@ class Functional:
         self._stepper = self._make_stepper()
         self.last_plan: Plan | None = None
         self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
+        self._compiler: LoopCompiler | None = None
+
+    def compile(self, backend: str = "auto", *, verify: bool = True) -> Functional:
+        """Returns the same functions with loops that run compiled programs, one for a step and one for its adjoint.
+
+        Args:
+            backend: "inductor" (machine code; needs a C++ compiler, or a GPU), "torchscript", "eager" (operator by
+                operator, with everything bound once), or "auto": Inductor where there is a compiler.
+            verify: each program compares itself, in its first call, with the program that it was compiled from.
+
+        Raises:
+            InputError: there is no such backend.
+            CompileError: (by a first call) a compiled program computes something else.
+        """
+        made = copy.copy(self)
+        made._compiler = LoopCompiler(self._stepper, choose_backend(backend), verify=verify)
+        return made
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
         if self.train_step is not None:
@@ -218,7 +238,9 @@ class Functional:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
         check_loss_given(self.loss_fn, self.train_step)
         check_start(state, self._model_view, self._view)
-        return self._stepper.step(StepInputs(state, batch, self._hyper_values(hyper), meta))
+        values = self._hyper_values(hyper)
+        inputs = StepInputs(state, batch, values, meta, model_key=self._model_view.options)
+        return self._stepper.step(inputs) if self._compiler is None else step_compiled(self._compiler, inputs)
 
     def unroll(
         self,
@@ -268,12 +290,16 @@ class Functional:
         check_loss_given(self.loss_fn, self.train_step)
         options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
         values = self._hyper_values(hyper, tasks)
+        model_key = self._model_view.options
+        if self._compiler is not None:
+            check_start(state, self._model_view, self._view)
+            return unroll_compiled(self._compiler, Loop(state, batches, values, meta), options, model_key)
         steps = LoopSteps(
             self._stepper,
             self._adjoint,
             partial(check_start, model=self._model_view, view=self._view),
             order=order,
-            model_key=self._model_view.signature(),
+            model_key=model_key,
             recomputes=options.recomputes,
             trained=self._trained,
         )

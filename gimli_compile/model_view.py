@@ -14,6 +14,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
 from gimli_compile.snapshot import is_number
 from gimli_compile.tree_paths import named_leaves
+from gimli_compile.watching import Watch
 
 
 class ModelView:
@@ -29,6 +30,7 @@ class ModelView:
     def __init__(self, model: Any, *, guards_branches: bool = False) -> None:
         self.model = model
         self.guards_branches = guards_branches
+        self._watch: Watch | None = None
         _refuse_nothing(model)
         _refuse_uninitialized(self)
         refuse_detaching(self.modules())
@@ -38,10 +40,38 @@ class ModelView:
     @property
     def live_params(self) -> dict[str, torch.Tensor]:
         """The live parameters by name."""
+        self.refresh()
+        return dict(self.params)
+
+    @property
+    def live_buffers(self) -> dict[str, torch.Tensor]:
+        """The live buffers by name."""
+        self.refresh()
+        return dict(self.buffers)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Returns what a captured program of this model depends on besides tensors: training flags and options."""
+        self.refresh()
+        return self.options
+
+    def refresh(self) -> None:
+        """Reads the model again if it changed: `params` and `buffers` by name, and `options`, its signature."""
+        if self._watch is not None and self._watch.holds():
+            return
+        self._watch = None
+        self.buffers = self._read_buffers()
+        self.params = self._read_params()
+        self.options = self._read_signature()
+        modules = list(self.modules())
+        registries = (part for m in modules for part in (m._parameters, m._buffers, m._modules))
+        if not any(map(is_scripted, modules)) and isinstance(self.model, nn.Module):
+            self._watch = Watch([*modules, *registries])
+
+    def _read_params(self) -> dict[str, torch.Tensor]:
         if isinstance(self.model, nn.Module):
             return dict(self.model.named_parameters())
         found: dict[str, torch.Tensor] = {}
-        buffers = {id(buffer) for buffer in self.live_buffers.values()}
+        buffers = {id(buffer) for buffer in self.buffers.values()}
         for path, leaf in _parts(self.model):
             if isinstance(leaf, nn.Module):
                 found.update(leaf.named_parameters(prefix=path))
@@ -49,9 +79,7 @@ class ModelView:
                 found[path] = leaf
         return _each_once(found)
 
-    @property
-    def live_buffers(self) -> dict[str, torch.Tensor]:
-        """The live buffers by name."""
+    def _read_buffers(self) -> dict[str, torch.Tensor]:
         if isinstance(self.model, nn.Module):
             return dict(self.model.named_buffers())
         found: dict[str, torch.Tensor] = {}
@@ -85,8 +113,7 @@ class ModelView:
             leaf.register_post_accumulate_grad_hook(hook)
         return leaf
 
-    def signature(self) -> tuple[Any, ...]:
-        """Returns what a captured program of this model depends on besides tensors: training flags and options."""
+    def _read_signature(self) -> tuple[Any, ...]:
         found = tuple(
             (id(module), *((key, value) for key, value in options_of(module) if _is_option(value)))
             for module in self.modules()

@@ -36,6 +36,7 @@ from gimli_compile.skeleton import (
 from gimli_compile.snapshot import GROUPS, freeze, grads_set, installed, is_number
 from gimli_compile.state import OptState, Tensors, to_tensor
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs
+from gimli_compile.watching import Watch
 
 _MADE_UP_LOSSES = (0.0, 1.0, -1.0)  # a better and a worse one, whichever is better
 _IMPLEMENTATION_FLAGS = ("fused", "differentiable")
@@ -60,6 +61,7 @@ class OptimizerView:
         self.per_parameter = per_parameter
         self.opaque = opaque
         self.sparse = False
+        self._watch: Watch | None = None
         self.skeleton, self.values = self.read()
         self.options = self.read_options()
         self.changing = set()
@@ -72,14 +74,21 @@ class OptimizerView:
     @changing.setter
     def changing(self, paths: set[str]) -> None:
         self._changing = paths
-        self.hyper_paths = {leaf.path for leaf in leaves_of(self.skeleton) if self._is_hyper(leaf)}
+        self._hyper_leaves = [leaf for leaf in leaves_of(self.skeleton) if self._is_hyper(leaf)]
+        self.hyper_paths = {leaf.path for leaf in self._hyper_leaves}
 
     # ------------------------------------------------------------------ reading
 
     def read(self) -> tuple[Skeleton, dict[str, Value]]:
         """Returns the present structure and values of the live optimizer."""
+        if self._watch is not None and self._watch.holds():
+            return self._last
+        visited: list[Any] = []
         with self._split_groups():
-            return freeze(self.optimizer, self.names, self.opaque, self.companions)
+            made = freeze(self.optimizer, self.names, self.opaque, self.companions, visited)
+        if not self.per_parameter:  # then the groups that were read exist no longer
+            self._watch, self._last = Watch(visited), made
+        return made
 
     @contextmanager
     def _split_groups(self) -> Iterator[None]:
@@ -137,7 +146,7 @@ class OptimizerView:
 
     def hyper_leaves(self) -> list[Leaf]:
         """Returns the leaves that are hyperparameters."""
-        return [leaf for leaf in leaves_of(self.skeleton) if leaf.path in self.hyper_paths]
+        return self._hyper_leaves
 
     def opt_state(self) -> OptState:
         """Returns copies of the live state."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,25 +86,35 @@ class Skeleton:
     groups: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Skeleton) and self.key == other.key
+        return self is other or (isinstance(other, Skeleton) and self.key == other.key)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.key)
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        """Returns the hash, made once: skeletons are looked up in every step."""
+        return self._hash
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The leaves in the order of the walk, each once."""
+        found: dict[str, Leaf] = {}
+
+        def visit(part: Any) -> None:
+            if isinstance(part, Leaf):
+                found.setdefault(part.path, part)
+            elif isinstance(part, Container):
+                for _, item in part.items:
+                    visit(item)
+
+        visit(self.root)
+        return tuple(found.values())
 
 
 def leaves_of(skeleton: Skeleton) -> list[Leaf]:
     """Returns the leaves of a skeleton in the order of the walk, each once."""
-    found: dict[str, Leaf] = {}
-
-    def visit(part: Any) -> None:
-        if isinstance(part, Leaf):
-            found.setdefault(part.path, part)
-        elif isinstance(part, Container):
-            for _, item in part.items:
-                visit(item)
-
-    visit(skeleton.root)
-    return list(found.values())
+    return list(skeleton.leaves)
 
 
 def parts_by_parameter(skeleton: Skeleton) -> list[Any]:

@@ -30,12 +30,17 @@ GROUPS = "param_groups"
 
 
 def freeze(
-    root: Any, names: Mapping[int, str], opaque: Collection[int] = (), companions: Mapping[str, Any] | None = None
+    root: Any,
+    names: Mapping[int, str],
+    opaque: Collection[int] = (),
+    companions: Mapping[str, Any] | None = None,
+    visited: list[Any] | None = None,
 ) -> tuple[Skeleton, dict[str, Value]]:
     """Returns the skeleton of an object and its values by path.
 
     `names` maps the id of a parameter to its name, `opaque` are the ids of objects that are taken as they are. The
-    values of `companions` lie at paths that begin with their names.
+    values of `companions` lie at paths that begin with their names. The containers and tensors that the walk came by
+    are added to `visited`.
     """
     walk = _Walk(names, getattr(root, GROUPS, ()), opaque)
     part = walk.visit(root, ())
@@ -43,6 +48,8 @@ def freeze(
         beside = tuple((Companion(name), walk.visit(value, (name,))) for name, value in companions.items())
         part = replace(part, items=(*part.items, *beside))
     groups = tuple(walk.groups[index] for index in sorted(walk.groups))
+    if visited is not None:
+        visited += walk.visited
     return Skeleton(part, tuple(walk.key), groups), walk.values
 
 
@@ -62,7 +69,7 @@ class _Walk:
         self.values: dict[str, Value] = {}
         self.key: list[Any] = []
         self._seen: dict[int, Any] = {}
-        self._keep: list[Any] = []
+        self.visited: list[Any] = []
         self._registered: set[int] = set()
         self._count = 0
 
@@ -87,7 +94,7 @@ class _Walk:
         path = path if group is None else (GROUPS, str(group))
         index = self._seen[id(value)] = self._count
         self._count += 1
-        self._keep.append(value)
+        self.visited.append(value)
         kind = stands_for(value)
         self.key.append((kind.__qualname__, len(items), value.maxlen if isinstance(value, deque) else None))
         if isinstance(value, torch.nn.Module):
@@ -114,7 +121,7 @@ class _Walk:
         if known is not None:
             self.key.append(("leaf again", known.path))
             return known
-        self._keep.append(value)
+        self.visited.append(value)
         leaf = Leaf(
             self._free_text(path),
             "tensor",

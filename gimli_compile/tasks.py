@@ -82,7 +82,7 @@ class TaskSteps:
         return tuple(results)
 
     def _dims(self, *parts: Any) -> list[Any]:
-        return [_dims(part, dim) for part, dim in zip(parts, self._inner, strict=True)]
+        return [dims_of(part, dim) for part, dim in zip(parts, self._inner, strict=True)]
 
     def carry_back(
         self,
@@ -121,7 +121,7 @@ class TaskSteps:
         return self.steps.carried_buffers()
 
 
-def _dims(tree: Any, dim: int | None) -> Any:
+def dims_of(tree: Any, dim: int | None) -> Any:
     """Returns the dimension of the task for each tensor of a pytree; what is no tensor, all tasks share."""
     if dim is None or all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(tree)):
         return dim

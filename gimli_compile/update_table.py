@@ -90,6 +90,12 @@ class UpdateTable:
             )
         )
 
+    def fitting(self, inputs: UpdateInputs) -> list[UpdateVariant]:
+        """Returns the known variants that hold before the step; of the gradients, only the form matters."""
+        values = inputs.by_slot()
+        watched = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value))
+        return [one for one in self._variants.get(signature(inputs), ()) if one.holds(values, watched)]
+
     def _candidates(
         self, inputs: UpdateInputs, values: dict[Slot, torch.Tensor], watched: frozenset[str]
     ) -> Iterator[UpdateVariant]:

@@ -1,0 +1,91 @@
+"""What runs the graphs of compiled programs: Inductor, TorchScript, or Python."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gimli_compile.errors import InputError
+from gimli_compile.metadata import FAKE
+
+Tensor = torch.Tensor
+Executable = Callable[[list[Tensor]], Sequence[Tensor]]
+Backend = Callable[[fx.GraphModule], Executable]
+
+
+def run_in_python(module: fx.GraphModule) -> Executable:
+    """Runs a graph operator by operator, as it prints."""
+    return lambda inputs: module(*inputs)
+
+
+def compile_with_torchscript(module: fx.GraphModule) -> Executable:
+    """Runs a graph in the interpreter of TorchScript: builds in a second or so and needs no C++ compiler."""
+    examples = tuple(_filled(node.meta["val"]) for node in module.graph.find_nodes(op="placeholder"))
+    if not examples:
+        return run_in_python(module)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and says so at every call
+        traced: Any = torch.jit.trace(_returning_tuple(module), examples, check_trace=False)
+    return lambda inputs: traced(*inputs)
+
+
+def compile_with_inductor(module: fx.GraphModule) -> Executable:
+    """Compiles a graph to machine code. Its C++ wrapper saves the time that Python needs for each kernel.
+
+    Layouts stay as they are: where Inductor (torch 2.13, CPU) changes that of convolutions, captured steps of
+    convolution, relu and max-pool come out wrong, their gradients zero.
+    """
+    fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    with FAKE, torch.no_grad():
+        lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)
+    lowered.graph.eliminate_dead_code()
+    output = next(iter(lowered.graph.find_nodes(op="output")))
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
+    native = all(fake.device.type == "cpu" for fake in fakes)
+    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad():
+        compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
+    return getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
+
+
+def _filled(fake: Tensor) -> Tensor:
+    return torch.ones(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+def _returning_tuple(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *inputs: tuple(module(*inputs))
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": run_in_python,
+    "torchscript": compile_with_torchscript,
+    "inductor": compile_with_inductor,
+}
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Tells whether Inductor finds a C++ compiler."""
+    try:
+        return shutil.which(get_cpp_compiler()) is not None
+    except Exception:  # torch raises errors of its own where it finds none
+        return False
+
+
+def choose_backend(name: str) -> str:
+    """Returns the backend of this name; "auto" is Inductor where there is a compiler, and TorchScript elsewhere."""
+    if name == "auto":
+        return "inductor" if has_compiler() or torch.cuda.is_available() else "torchscript"
+    if name not in BACKENDS:
+        raise InputError(f"backend={name!r} is not an option. Use one of 'auto', {', '.join(map(repr, BACKENDS))}.")
+    return name

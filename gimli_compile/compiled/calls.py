@@ -1,0 +1,88 @@
+"""From the arguments of `unroll` and `step` to a compiled loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch._C._functorch as _functorch
+from torch.utils import _pytree as pytree
+
+from gimli_compile.compiled.batches import Batches
+from gimli_compile.compiled.choice import LoopInputs
+from gimli_compile.compiled.unrolling import LoopCompiler
+from gimli_compile.errors import InputError, compose_message
+from gimli_compile.loop_options import LoopOptions
+from gimli_compile.records import opened
+from gimli_compile.state import TrainState
+from gimli_compile.stepping import StepInputs
+from gimli_compile.tasks import Loop, lead_with_tasks
+from gimli_compile.unrolling import segment_length
+
+
+def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, model_key: Any) -> tuple[TrainState, Any]:
+    """Runs a loop by compiled programs: see `Functional.unroll`."""
+    _refuse_transforms(loop)
+    _refuse_modes(options)
+    loop = replace(loop, batches=opened(loop.batches), meta=opened(loop.meta))
+    dims, count, step_dim = None, None, 0
+    if options.tasks is not False:
+        given = (None, 0, None, None) if options.tasks is True else options.tasks
+        loop = lead_with_tasks(loop, given)
+        count = next(iter(loop.state.params.values())).shape[0]
+        step_dim = 0 if given[1] is None else 1
+        dims = (0, *(None if dim is None else 0 for dim in given[1:]))
+    batches = Batches(loop.batches, step_dim)
+    inputs = LoopInputs(batches, loop.hyper, loop.meta, options.order, model_key, dims, count)
+    cut = 0 if options.truncate is None else max(0, len(batches) - options.truncate)
+    length = segment_length(options.checkpoint, len(batches) - cut)
+    if not cut:
+        return compiler.unroll(loop.state, inputs, segment=length)
+    with torch.no_grad():
+        state, losses = compiler.unroll(loop.state, replace(inputs, batches=batches.part(0, cut)), segment=None)
+    rest = replace(inputs, batches=batches.part(cut, len(batches)))
+    state, last = compiler.unroll(state, rest, segment=length)
+    return state, _joined([losses, last])
+
+
+def step_compiled(compiler: LoopCompiler, inputs: StepInputs) -> tuple[TrainState, Any]:
+    """Takes one step by compiled programs: see `Functional.step`."""
+    loop = Loop(inputs.state, [inputs.batch], dict(inputs.hyper), inputs.meta)
+    state, losses = unroll_compiled(compiler, loop, LoopOptions(), inputs.model_key)
+    return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Returns what the steps of several loops returned as if there had been one."""
+    leaves = [pytree.tree_leaves(part) for part in parts]
+    made = [torch.cat(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]
+    return pytree.tree_unflatten(made, pytree.tree_structure(parts[0]))
+
+
+def _refuse_modes(options: LoopOptions) -> None:
+    if options.backward != "reverse":
+        raise InputError(
+            compose_message(
+                f"backward={options.backward!r} in a compiled loop",
+                None,
+                "Compiled programs are those of reverse mode: a step, and its adjoint.",
+                'Use `backward="reverse"`, with `checkpoint="step"` or "sqrt" to save memory, or unroll uncompiled.',
+            )
+        )
+
+
+def _refuse_transforms(loop: Loop) -> None:
+    if not _functorch.peek_interpreter_stack():
+        return
+    leaves = pytree.tree_leaves((loop.state, loop.batches, loop.hyper, loop.meta))
+    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    if any(map(_functorch.is_functorch_wrapped_tensor, tensors)):
+        raise InputError(
+            compose_message(
+                "a compiled loop runs under a torch.func transform",
+                None,
+                "Transforms of torch.func trace Python code, and compiled code cannot be traced.",
+                "Use `unroll(..., tasks=True)` for many tasks and `backward()` for gradients, or unroll uncompiled.",
+            )
+        )

@@ -1,0 +1,63 @@
+"""A function compiled: its results, its results with residuals, and its adjoint, each built when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from gimli_compile.compiled.backends import Backend, Executable
+from gimli_compile.compiled.halves import Function, Halves, Lanes, halves
+from gimli_compile.compiled.verification import verified
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How graphs become executables."""
+
+    backend: Backend
+    verify: bool
+
+    def __call__(self, module: fx.GraphModule, what: str) -> Executable:
+        """Builds one; with `verify`, it compares itself with the graph in its first call."""
+        return verified(self.backend, module, what) if self.verify else self.backend(module)
+
+
+class CompiledFunction:
+    """A pure function of tensors, compiled for inputs of one form, with the adjoints of some of them."""
+
+    def __init__(
+        self,
+        function: Function,
+        examples: Sequence[Tensor],
+        wanted: Sequence[int],
+        *,
+        summed: frozenset[int],
+        lanes: Lanes,
+        build: Builder,
+        what: str,
+    ) -> None:
+        self._build = build
+        self._what = what
+        self.halves: Halves = halves(function, examples, wanted, summed, lanes)
+
+    @cached_property
+    def plain(self) -> Executable:
+        """Computes the results."""
+        return self._build(self.halves.plain, self._what)
+
+    @cached_property
+    def saving(self) -> Executable:
+        """Computes the results and the fresh residuals."""
+        return self._build(self.halves.saving, f"{self._what} with residuals")
+
+    @cached_property
+    def backward(self) -> Executable:
+        """Computes the adjoints from residuals, the adjoints of the results, and accumulators."""
+        assert self.halves.backward is not None
+        return self._build(self.halves.backward, f"adjoint of {self._what}")

@@ -1,0 +1,221 @@
+"""The loop over compiled steps as one node of the autograd graph: Algorithm 1 of Gimli, program by program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import torch
+
+from gimli_compile.compiled.binding import Bound
+from gimli_compile.errors import InputError, compose_message
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Tape:
+    """The values of a loop: what each step starts from besides what is carried, and what was kept for the way back.
+
+    `shared` are hyperparameters, meta; `rest` for each step its batch, draws and constants. `kept` are, for each step,
+    its residuals, or for each segment the state that it starts from.
+    """
+
+    bound: Sequence[Bound]
+    shared: list[Tensor]
+    rest: list[list[Tensor]]
+    segment: int | None
+    kept: list[list[Tensor]] = field(default_factory=list)
+
+    def starts_segment(self, step: int) -> bool:
+        """Tells whether what is carried into a step is kept."""
+        return self.segment is not None and step % self.segment == 0
+
+
+def run_forward(tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[list[Tensor], list[list[Tensor]], Any]:
+    """Runs the steps; returns what is carried out of the last, what each returned, and whether conditions held."""
+    returned, held = [], []
+    for index, bound in enumerate(tape.bound):
+        if record and tape.starts_segment(index):
+            tape.kept.append(carried)
+        pool = [*carried, *tape.shared, *tape.rest[index]]
+        values = run_step(bound, pool, tape.kept if record and tape.segment is None else None)
+        returned.append([values[place] for place in bound.returned])
+        if bound.held is not None:
+            held.append(values[bound.held])
+        pool.extend(values)
+        carried = [pool[place] for place in bound.carry]
+    return carried, returned, held
+
+
+def run_step(bound: Bound, pool: list[Tensor], kept: list[list[Tensor]] | None) -> Sequence[Tensor]:
+    """Runs one step on its pool; appends its residuals to `kept` if there is one."""
+    inputs = [pool[place] for place in bound.take]
+    if kept is None:
+        return bound.compiled.plain(inputs)
+    values = bound.compiled.saving(list(inputs))
+    everything = [*inputs, *values]
+    kept.append([everything[place] for place in bound.compiled.halves.residuals])
+    return values
+
+
+@dataclass
+class Adjoints:
+    """The adjoints on the way back: of what is carried, of what is shared, and of each step's batch.
+
+    What is not differentiated has None.
+    """
+
+    carried: list[Any]
+    shared: list[Any]
+    batches: list[dict[int, Tensor]]
+
+
+def run_backward(tape: Tape, last: list[Tensor | None], returned: Sequence[list[Tensor | None]]) -> Adjoints:
+    """Runs the adjoint of every step, the last first; `last` and `returned` are adjoints of what the loop gave."""
+    steps = len(tape.bound)
+    final = tape.bound[-1]
+    adjoints = Adjoints(final.adjoints_of_carried(last), final.adjoints_of_shared(), [{} for _ in range(steps)])
+    residuals: list[list[Tensor]] = tape.kept
+    for index in reversed(range(steps)):
+        bound = tape.bound[index]
+        if tape.segment is None:
+            saved = residuals[index]
+        else:
+            if (index + 1) % tape.segment == 0 or index == steps - 1:
+                residuals = _recompute(tape, index - index % tape.segment, index + 1)
+            saved = residuals.pop()
+        _step_back(bound, saved, bound.adjoints_of_returned(returned[index]), adjoints, index)
+    return adjoints
+
+
+def _recompute(tape: Tape, first: int, end: int) -> list[list[Tensor]]:
+    """Runs a segment again from the state that was kept; returns the residuals of its steps."""
+    assert tape.segment is not None
+    carried = tape.kept[first // tape.segment]
+    part = Tape(tape.bound[first:end], tape.shared, tape.rest[first:end], None)
+    run_forward(part, carried, record=True)
+    return part.kept
+
+
+def _step_back(bound: Bound, residuals: list[Tensor], returned: list[Any], adjoints: Adjoints, index: int) -> None:
+    after = adjoints.carried
+    given = [*after, *returned]
+    seeds = [
+        given[places[0]] if len(places) == 1 else _total([given[place] for place in places]) for places in bound.seeds
+    ]
+    shared = adjoints.shared
+    found = bound.compiled.backward([*residuals, *seeds, *(shared[place] for place in bound.accumulators)])
+    before: list[Any] = [None] * len(bound.before.slots)
+    for place, source in bound.passed:
+        before[place] = after[source]
+    for number, place in bound.to_carried:
+        value = found[number]
+        before[place] = value if before[place] is None else before[place] + value
+    for number, place in bound.to_shared:
+        shared[place] = found[number]
+    for number, place in bound.to_batch:
+        adjoints.batches[index][place] = found[number]
+    for place in bound.unused:
+        before[place] = bound.zero(place)
+    adjoints.carried = before
+
+
+def _total(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the inputs of the autograd node come from: places in what is carried, shared, and in each step's batch."""
+
+    carried: tuple[int, ...]
+    shared: tuple[int, ...]
+    batches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A loop that ran: its tape, what was carried out of it, and what the steps returned, stacked in the last place."""
+
+    tape: Tape
+    carried: list[Tensor]
+    stacked: list[Tensor]
+
+
+class CompiledLoop(torch.autograd.Function):
+    """The whole loop as one node: the backward pass runs the adjoint programs."""
+
+    @staticmethod
+    def forward(ctx: Any, ran: Ran, sources: Sources, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Returns what is carried out of the last step, then what the steps returned."""
+        tape, last = ran.tape, ran.tape.bound[-1].after
+        ctx.sources, ctx.bound, ctx.segment, ctx.count = sources, tape.bound, tape.segment, len(ran.carried)
+        # What recomputation starts from is needed only where there is any.
+        parts = [*tape.kept] if tape.segment is None else [*tape.kept, tape.shared, *tape.rest]
+        ctx.sizes = [len(part) for part in parts]
+        ctx.save_for_backward(*inputs, *chain.from_iterable(parts))
+        taken = {id(tensor) for tensor in inputs}
+        results = []
+        for value in (*ran.carried, *ran.stacked):
+            results.append(value.clone() if id(value) in taken else value)
+            taken.add(id(results[-1]))
+        still = [value for value, slot in zip(results, last.slots, strict=False) if slot not in last.active]
+        ctx.mark_non_differentiable(*still, *(value for value in results if not value.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Runs the adjoints of the steps."""
+        saved, steps = iter(ctx.saved_tensors), len(ctx.bound)
+        inputs = list(islice(saved, len(ctx.needs_input_grad) - 2))
+        parts = [list(islice(saved, size)) for size in ctx.sizes]
+        count = steps if ctx.segment is None else -(-steps // ctx.segment)
+        kept, (shared, *rest) = parts[:count], parts[count:] or [[]]
+        tape = Tape(ctx.bound, shared, rest, ctx.segment, kept)
+        with torch.no_grad():
+            stacked = [[None] * steps if grad is None else _by_step(grad) for grad in grads[ctx.count :]]
+            adjoints = run_backward(tape, list(grads[: ctx.count]), [list(of) for of in zip(*stacked, strict=True)])
+        sources: Sources = ctx.sources
+        found = [
+            *(adjoints.carried[place] for place in sources.carried),
+            *(adjoints.shared[place] for place in sources.shared),
+            *(adjoints.batches[step].get(place) for step, place in sources.batches),
+        ]
+        return (None, None, *(_once(grad, inputs) for grad in found))
+
+
+def _by_step(grad: Tensor) -> Sequence[Tensor]:
+    return grad.movedim(-1, 0).contiguous().unbind(0)
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a compiled gradient; its own derivative does not exist, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise InputError(
+            compose_message(
+                "a compiled loop is differentiated twice",
+                None,
+                "Its adjoint is compiled code, which has no derivative of its own.",
+                "Use the functions of `functionalize` uncompiled: they can be differentiated to any order.",
+            )
+        )
+
+
+def _once(grad: Tensor | None, inputs: list[Tensor]) -> Tensor | None:
+    """Returns a gradient that refuses to be differentiated, where gradients of gradients are recorded."""
+    if grad is None or not torch.is_grad_enabled():
+        return grad
+    return _Once.apply(grad, *inputs)

@@ -1,0 +1,135 @@
+"""One inner step as one pure function: the loss with its gradient, the update, and whether its conditions held."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from gimli_compile.loss_conditions import Captured
+from gimli_compile.passes.differentiability import check_derivatives
+from gimli_compile.pipeline import first_order
+from gimli_compile.program import Draw, Program
+from gimli_compile.skeleton import Skeleton
+from gimli_compile.slot import CARRIED, CROSSING, Role, Slot
+from gimli_compile.variant import UpdateVariant
+
+Tensor = torch.Tensor
+HOLDS = Slot(Role.GUARD, "holds")
+
+
+@dataclass(frozen=True, eq=False)
+class StepFunction:
+    """The programs that one step takes. `gradient` is None where one program is the whole step.
+
+    With `keeps_buffers`, new buffers are no results.
+
+    If there are conditions under which the programs hold, the last result is `HOLDS`: whether all came out as at
+    capture.
+    """
+
+    gradient: Captured | None
+    variant: UpdateVariant
+    order: int = 2
+    keeps_buffers: bool = False
+
+    @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs in the order in which they run."""
+        update = self.variant.program if self.order == 2 or self.gradient is not None else self.variant.first_order
+        if self.gradient is None:
+            return (update,)
+        gradient = self.gradient.program if self.order == 2 else first_order(self.gradient.program)
+        return gradient, update
+
+    @cached_property
+    def inputs(self) -> tuple[Slot, ...]:
+        """What the step takes: parameters, buffers, state, hyperparameters, batch, meta, draws and constants."""
+        owners = (self.variant,) if self.gradient is None else (self.gradient, self.variant)
+        deciders = [owner.decide for owner in owners if owner.decide is not None]
+        slots = [slot for program in (*self.programs, *deciders) for slot in program.inputs]
+        return tuple(dict.fromkeys(slot for slot in (*slots, *self.variant.pins) if slot.role not in CROSSING))
+
+    @cached_property
+    def results(self) -> tuple[Slot, ...]:
+        """What the step computes: new parameters, buffers and state, the loss or what a train step returns."""
+        slots = [slot for program in self.programs for slot in program.results]
+        hidden = (*CROSSING, Role.GUARD, Role.BUFFER) if self.keeps_buffers else (*CROSSING, Role.GUARD)
+        made = dict.fromkeys(slot for slot in slots if slot.role not in hidden)
+        return (*made, HOLDS) if self.has_conditions else tuple(made)
+
+    @property
+    def has_conditions(self) -> bool:
+        """Tells whether there is anything under which the programs hold."""
+        owners = (self.variant,) if self.gradient is None else (self.gradient, self.variant)
+        return bool(self.variant.pins) or any(owner.before or owner.after for owner in owners)
+
+    @cached_property
+    def draws(self) -> dict[Slot, Draw]:
+        """The random draws, in the order in which they are made."""
+        return {slot: draw for program in self.programs for slot, draw in program.draws.items()}
+
+    @cached_property
+    def constants(self) -> dict[Slot, Tensor]:
+        """The tensors that the programs hold."""
+        return {slot: value for program in self.programs for slot, value in program.constants.items()}
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The structure of the optimizer's state after the step."""
+        return self.variant.skeleton
+
+    @property
+    def title(self) -> str:
+        """What the programs are, for messages."""
+        return ", then ".join(program.title for program in self.programs)
+
+    def assemble(self, returned: Sequence[Tensor]) -> Any:
+        """Returns the loss, or what a whole train step returns, from the results that are neither state nor `HOLDS`."""
+        slots = [slot for slot in self.results if slot.role not in CARRIED and slot != HOLDS]
+        if self.variant.returned is None:
+            return returned[0]
+        return self.variant.returned.assemble(dict(zip(slots, returned, strict=True)))
+
+    def __call__(self, *values: Tensor) -> Sequence[Tensor]:
+        """Takes one tensor for each of `inputs` and returns one for each of `results`."""
+        given = dict(zip(self.inputs, values, strict=True))
+        results: dict[Slot, Tensor] = {}
+        conditions = list(self._before(given))
+        for index, program in enumerate(self.programs):
+            is_gradient = index < len(self.programs) - 1
+            found = program({**given, **{slot: value for slot, value in results.items() if slot.role in CROSSING}})
+            owner = self.gradient if is_gradient and self.gradient is not None else self.variant
+            conditions += [_is(found[one.slot], one.outcome) for one in owner.after]
+            results.update(found)
+        if self.has_conditions:
+            results[HOLDS] = _all(conditions)
+        return [results[slot] for slot in self.results]
+
+    def _before(self, given: Mapping[Slot, Tensor]) -> Iterator[Tensor]:
+        """Yields the conditions that follow from what the step starts with."""
+        for owner in (self.gradient, self.variant):
+            if owner is not None and owner.decide is not None:
+                found = owner.decide(given)
+                yield from (_is(found[one.slot], one.outcome) for one in owner.before)
+        yield from ((given[slot] == pin).all() for slot, pin in self.variant.pins.items())
+
+    def check_derivatives(self, asked: Collection[Slot]) -> None:
+        """Refuses to differentiate by the inputs `asked` where an operator has no derivative."""
+        update = self.programs[-1]
+        crossing = [slot for slot in update.inputs if slot.role in CROSSING]
+        check_derivatives(update, frozenset((*asked, *crossing)))
+
+
+def _is(condition: Tensor, outcome: bool) -> Tensor:
+    return (condition if outcome else condition.logical_not()).all()
+
+
+def _all(conditions: Iterable[Tensor]) -> Tensor:
+    first, *others = conditions
+    for condition in others:
+        first = first & condition.to(first.device)
+    return first

@@ -1,0 +1,113 @@
+"""Unrolls loops of compiled steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gimli_compile.compiled.backends import BACKENDS
+from gimli_compile.compiled.binding import Around, Bound, Carried
+from gimli_compile.compiled.choice import Choice, LoopInputs
+from gimli_compile.compiled.functions import Builder
+from gimli_compile.compiled.inputs import build_state, forms, state_slots, state_values
+from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward
+from gimli_compile.compiled.planning import Planner, Run
+from gimli_compile.slot import Slot
+from gimli_compile.state import TrainState
+from gimli_compile.stepping import SplitStepper, WholeStepper
+
+Tensor = torch.Tensor
+
+
+class LoopCompiler:
+    """Runs loops by compiled programs; keeps what it compiled."""
+
+    def __init__(self, stepper: SplitStepper | WholeStepper, backend: str, *, verify: bool) -> None:
+        self._choice = Choice(stepper)
+        self._planner = Planner(Builder(BACKENDS[backend], verify))
+        self._plans: dict[Any, Sequence[Bound]] = {}
+
+    def unroll(self, state: TrainState, inputs: LoopInputs, *, segment: int | None) -> tuple[TrainState, Any]:
+        """Returns the last state, and what the steps returned, stacked in the last dimension.
+
+        `segment` is the number of steps from one state that is kept to the next; None keeps all residuals.
+        """
+        run = _prepare(state, inputs, segment)
+        key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), inputs.key())
+        with torch.no_grad():
+            ran = self._run(run, inputs, key)
+        results = _recorded(ran, run) if run.record else [*ran.carried, *ran.stacked]
+        last, count = ran.tape.bound[-1], len(ran.carried)
+        made = build_state(last.after.slots, results[:count], last.step.skeleton)
+        return made, last.step.assemble(results[count:])
+
+    def _run(self, run: Run, inputs: LoopInputs, key: Any) -> Ran:
+        """Runs by the plan that is known; where there is none, or its conditions fail, while making one."""
+        plan = self._plans.get(key)
+        if plan is not None:
+            rest = [run.rest(index, bound.step) for index, bound in enumerate(plan)]
+            tape = Tape(plan, run.shared, rest, run.segment)
+            carried, returned, held = run_forward(tape, run.carried, record=run.record)
+            if not held or bool(torch.stack(held).all()):
+                return Ran(tape, carried, _stacked(returned))
+        tape, carried, returned = self._planner.run(run, inputs, self._choice)
+        self._plans[key] = tape.bound
+        return Ran(tape, carried, _stacked(returned))
+
+
+def _prepare(state: TrainState, inputs: LoopInputs, segment: int | None) -> Run:
+    carried, common, leaves = state_values(state), inputs.shared(), inputs.batches.leaves()
+    values = list(common.values())
+    flags = _flags(carried, values, leaves)
+    slots, around = _around(state_slots(state), tuple(common), inputs.batches.slots(), *flags)
+    return Run(
+        slots,
+        [value.contiguous() for value in carried],
+        around,
+        [value.contiguous() for value in values],
+        [[leaf.contiguous() for leaf in of_step] for of_step in leaves],
+        state.opt_state.skeleton,
+        inputs.tasks,
+        segment,
+        record=any(map(any, flags)),
+    )
+
+
+def _flags(*groups: Any) -> tuple[tuple[bool, ...], ...]:
+    """Returns what is differentiated: of what is carried, of what is shared, and of the batches, in any step."""
+    carried, shared, batches = groups
+    if not torch.is_grad_enabled():
+        return (False,) * len(carried), (False,) * len(shared), (False,) * len(batches[0])
+    own = tuple(any(leaf.requires_grad for leaf in of) for of in zip(*batches, strict=True))
+    return tuple(value.requires_grad for value in carried), tuple(value.requires_grad for value in shared), own
+
+
+@functools.lru_cache(maxsize=512)
+def _around(
+    state: tuple[Slot, ...], shared: tuple[Slot, ...], batch: tuple[Slot, ...], *flags: tuple[bool, ...]
+) -> tuple[Carried, Around]:
+    active, *wanted = (
+        frozenset(slot for slot, flag in zip(slots, of, strict=True) if flag)
+        for slots, of in zip((state, shared, batch), flags, strict=True)
+    )
+    return Carried(state, active), Around(shared, batch, wanted[0] | wanted[1])
+
+
+def _stacked(returned: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(values, -1) for values in zip(*returned, strict=True)]
+
+
+def _recorded(ran: Ran, run: Run) -> list[Tensor]:
+    """Returns the results of a loop as results of one node of the autograd graph."""
+    carried = tuple(index for index, slot in enumerate(run.start.slots) if slot in run.start.active)
+    shared = tuple(index for index, slot in enumerate(run.around.shared) if slot in run.around.wanted)
+    own = [index for index, slot in enumerate(run.around.batch) if slot in run.around.wanted]
+    batches = tuple(
+        (step, index) for step, leaves in enumerate(run.batches) for index in own if leaves[index].requires_grad
+    )
+    inputs = [run.carried[index] for index in carried] + [run.shared[index] for index in shared]
+    inputs += [run.batches[step][index] for step, index in batches]
+    return list(CompiledLoop.apply(ran, Sources(carried, shared, batches), *inputs))
