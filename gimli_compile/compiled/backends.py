@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +14,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
 from gimli_compile.metadata import FAKE
 
@@ -31,13 +30,8 @@ def run_in_python(module: fx.GraphModule) -> Executable:
 
 def compile_with_torchscript(module: fx.GraphModule) -> Executable:
     """Runs a graph in the interpreter of TorchScript: builds in a second or so and needs no C++ compiler."""
-    examples = tuple(_filled(node.meta["val"]) for node in module.graph.find_nodes(op="placeholder"))
-    if not examples:
-        return run_in_python(module)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, and says so at every call
-        traced: Any = torch.jit.trace(_returning_tuple(module), examples, check_trace=False)
-    return lambda inputs: traced(*inputs)
+    scripted = script(module)
+    return lambda inputs: scripted(*inputs)
 
 
 def compile_with_inductor(module: fx.GraphModule) -> Executable:
@@ -56,14 +50,6 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
     with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad():
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     return getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
-
-
-def _filled(fake: Tensor) -> Tensor:
-    return torch.ones(fake.shape, dtype=fake.dtype, device=fake.device)
-
-
-def _returning_tuple(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *inputs: tuple(module(*inputs))
 
 
 BACKENDS: dict[str, Backend] = {

@@ -67,14 +67,14 @@ def halves(
     places = _return_once(forward)
     active = _active(forward, single, wanted)
     batched = _contiguous(_over_tasks(forward, lanes))
-    plain = trace(batched, examples)
+    plain = _without_detach(trace(batched, examples))
     results = tuple(node.meta["val"] for node in _outputs(plain))
     if not active:
         return Halves(plain, plain, None, places, (), (), (), (), results)
     joint, found = _joint(forward, single, wanted, active)
     tangents = [results[index] for index in active]
     whole = trace(_contiguous(_joint_over_tasks(joint, lanes, found, len(active))), [*examples, *tangents])
-    _name_inputs(whole, len(examples))
+    _name_inputs(_without_detach(whole), len(examples))
     saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
     residuals = _keep_fresh_only(saving, len(examples), len(results))
     added = tuple(index for index in found if index in summed)
@@ -100,6 +100,15 @@ def _positional(function: Function, count: int) -> Function:
 
 def _outputs(module: fx.GraphModule) -> Sequence[Any]:
     return next(iter(module.graph.find_nodes(op="output"))).args[0]
+
+
+def _without_detach(module: fx.GraphModule) -> fx.GraphModule:
+    """Takes out what only says that nothing is differentiated any further."""
+    for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default)):
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 def _return_once(module: fx.GraphModule) -> tuple[int, ...]:
