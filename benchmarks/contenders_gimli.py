@@ -34,6 +34,7 @@ def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | N
         raise NotThereError("`compile` does not exist")
     runner = fn if backend is None else fn.compile(backend=backend)
     buffers, opt_state = fn.init().buffers, fn.init().opt_state
+    template = fn.hyperparameters()
     tasks = problem.workload.tasks is not None
     x, y = problem.held_out
     outer = torch.func.vmap(problem.loss) if tasks else problem.loss
@@ -41,7 +42,7 @@ def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | N
     def run() -> dict[str, Any]:
         start, numbers = problem.variables(only=wanted)
         state = gimli.TrainState(start, buffers, opt_state)
-        hyper = _hyperparameters(fn, numbers)
+        hyper = _with_numbers(template, numbers)
         try:
             state, _ = runner.unroll(state, problem.batches, hyper, tasks=tasks, **options)
         except gimli.InputError as error:
@@ -69,9 +70,9 @@ def _functional(problem: Problem) -> gimli.Functional:
     return gimli.functionalize(model, optimizer, loss_fn)
 
 
-def _hyperparameters(fn: gimli.Functional, numbers: dict[str, Tensor]) -> gimli.Hyperparameters:
+def _with_numbers(hyper: gimli.Hyperparameters, numbers: dict[str, Tensor]) -> gimli.Hyperparameters:
     """Returns the hyperparameters with these in their places."""
-    hyper = fn.hyperparameters()
+    hyper = gimli.Hyperparameters([dict(group) for group in hyper], dict(hyper.attributes), dict(hyper.modules))
     if "rates" in numbers:
         for group, rate in zip(hyper, numbers["rates"].unbind(), strict=True):
             group["lr"] = rate

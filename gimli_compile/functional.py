@@ -27,8 +27,7 @@ from gimli_compile.argument_checks import (
     guards_branches,
 )
 from gimli_compile.compiled.backends import choose_backend
-from gimli_compile.compiled.calls import step_compiled, unroll_compiled
-from gimli_compile.compiled.unrolling import LoopCompiler
+from gimli_compile.compiled.calls import Compiler, call_compiled, step_compiled, unroll_compiled
 from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
@@ -108,10 +107,13 @@ class Functional:
         self._stepper = self._make_stepper()
         self.last_plan: Plan | None = None
         self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
-        self._compiler: LoopCompiler | None = None
+        self._compiler: Compiler | None = None
 
     def compile(self, backend: str = "auto", *, verify: bool = True) -> Functional:
-        """Returns the same functions with loops that run compiled programs, one for a step and one for its adjoint.
+        """Returns the same functions, with loops and forward passes that run compiled programs and their adjoints.
+
+        A loop is one program for a step and one for its adjoint, whatever the number of steps. Gradients go through
+        once: what is to be differentiated twice is left uncompiled, and so are `update` and `call_optimizer`.
 
         Args:
             backend: "inductor" (machine code; needs a C++ compiler, or a GPU), "torchscript", "eager" (operator by
@@ -123,7 +125,7 @@ class Functional:
             CompileError: (by a first call) a compiled program computes something else.
         """
         made = copy.copy(self)
-        made._compiler = LoopCompiler(self._stepper, choose_backend(backend), verify=verify)
+        made._compiler = Compiler(self._stepper, self._losses, choose_backend(backend), verify=verify)
         return made
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
@@ -189,10 +191,15 @@ class Functional:
         check_callable(self.model)
         check_tensors(params, self._model_view.live_params, "params")
         check_tensors(buffers, self._model_view.live_buffers, "buffers")
-        return self._losses.forward(params, buffers, args, kwargs)
+        if self._compiler is None:
+            return self._losses.forward(params, buffers, args, kwargs)
+        return call_compiled(self._compiler.forwards, params, buffers, (args, kwargs), self._model_view.options)
 
     def __call__(self, state: TrainState, *args: Any, tasks: bool = False, **kwargs: Any) -> Any:
         """Returns the model's output for a train state; with `tasks`, for one state and one input for each task."""
+        if self._compiler is not None and tasks:
+            given, key = (state.params, state.buffers, (args, kwargs)), self._model_view.signature()
+            return call_compiled(self._compiler.forwards, *given, key, tasks=True)[0]
 
         def call(params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Any:
             return self.forward(params, buffers, *args, **kwargs)[0]
@@ -240,7 +247,7 @@ class Functional:
         check_start(state, self._model_view, self._view)
         values = self._hyper_values(hyper)
         inputs = StepInputs(state, batch, values, meta, model_key=self._model_view.options)
-        return self._stepper.step(inputs) if self._compiler is None else step_compiled(self._compiler, inputs)
+        return self._stepper.step(inputs) if self._compiler is None else step_compiled(self._compiler.loops, inputs)
 
     def unroll(
         self,
@@ -293,7 +300,7 @@ class Functional:
         model_key = self._model_view.options
         if self._compiler is not None:
             check_start(state, self._model_view, self._view)
-            return unroll_compiled(self._compiler, Loop(state, batches, values, meta), options, model_key)
+            return unroll_compiled(self._compiler.loops, Loop(state, batches, values, meta), options, model_key)
         steps = LoopSteps(
             self._stepper,
             self._adjoint,

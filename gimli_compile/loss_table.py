@@ -93,15 +93,33 @@ class LossTable:
         """Returns the tensors that the captured losses hold as constants."""
         return [tensor for gradient in self.all_gradients for tensor in gradient.exact.constants.values()]
 
-    def forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> tuple[Any, Tensors]:
-        """Returns the model's output and the new buffers."""
+    def forward(
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        args: Any,
+        kwargs: Any,
+        draws: dict[Slot, torch.Tensor] | None = None,
+    ) -> tuple[Any, Tensors]:
+        """Returns the model's output and the new buffers; `draws` are made unless given."""
         args, kwargs = opened((args, kwargs))
-        key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
         values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
-        known = self.forwards.setdefault(key, [])
+        known = self._known_forwards(params, buffers, args, kwargs)
         capture = partial(self._capture_forward, params, buffers, args, kwargs)
-        forward, results = self._run(known, capture, values, {})
+        forward, results = self._run(known, capture, values, {} if draws is None else draws)
         return forward.assemble(results), _new_buffers(buffers, results)
+
+    def _known_forwards(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> list[Forward]:
+        key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
+        return self.forwards.setdefault(key, [])
+
+    def fitting_forwards(
+        self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any, draws: Mapping[Slot, torch.Tensor]
+    ) -> list[Forward]:
+        """Returns the captured forward passes that fit these inputs, as far as can be told before they run."""
+        values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
+        known = self._known_forwards(params, buffers, args, kwargs)
+        return [forward for forward in known if forward.captured.fits(values, draws)]
 
     def _run(
         self,

@@ -372,3 +372,67 @@ def test_batches_of_several_structures_are_refused():
     )
     with pytest.raises(gimli.InputError, match="batch 1 has other tensors than batch 0"):
         fn.compile("eager").unroll(fn.init(), [(x[0], y[0]), (x[1], y[1], x[1])])
+
+
+@pytest.mark.parametrize("backend", ["eager", "torchscript"])
+def test_the_forward_pass_is_compiled_as_well(backend):
+    case = Case(model=normalized)
+    fn = case.functionalized()
+    fast = fn.compile(backend)
+    x, _ = case.batches()
+    results = []
+    for one in (fn, fast, fast):
+        torch.manual_seed(7)
+        state = fn.init()
+        state.params = {name: value.requires_grad_() for name, value in state.params.items()}
+        output, buffers = one.forward(state.params, state.buffers, x[0])
+        grads = torch.autograd.grad(output.sin().sum(), list(state.params.values()), allow_unused=True)
+        results.append(([output, *buffers.values()], grads))
+    for found in results[1:]:
+        assert_agree(found[0], results[0][0], 1e-13)
+        assert_agree(found[1], results[0][1], 1e-11)
+
+
+def test_the_forward_pass_of_many_tasks():
+    case = Case(model=normalized, tasks=3)
+    fn = case.functionalized()
+    state, _ = fn.unroll(fn.init(), case.batches(), tasks=True)
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    torch.manual_seed(4)
+    expected = fn(state, x, tasks=True)
+    torch.manual_seed(4)
+    assert_agree([fn.compile("eager")(state, x, tasks=True)], [expected], 1e-13)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "forward", "implicit", "auto"])
+def test_other_ways_through_the_backward_pass_are_refused(mode):
+    case = Case()
+    fn = case.functionalized()
+    with pytest.raises(gimli.InputError, match=f"backward='{mode}' in a compiled loop"):
+        fn.compile("eager").unroll(fn.init(), case.batches(), backward=mode)
+
+
+def held(model, optimizer, batch):
+    """Gradients add up over two calls: what is in `p.grad` goes from one to the next."""
+    loss = cross_entropy(model, batch)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": "step"}], ids=["kept", "recomputed"])
+def test_gradients_held_between_calls(options):
+    check(Case(train_step=held, options=options), "eager", 1e-12)
+
+
+def test_frozen_buffers_stay():
+    torch.manual_seed(0)
+    model = normalized().double()
+    fn = gimli.functionalize(model, sgd(model.parameters()), cross_entropy, buffers="freeze")
+    batches = Case().batches()
+    torch.manual_seed(0)
+    expected, losses = fn.unroll(fn.init(), batches)
+    torch.manual_seed(0)
+    found, found_losses = fn.compile("eager").unroll(fn.init(), batches)
+    assert_agree([*pytree.tree_leaves(found), found_losses], [*pytree.tree_leaves(expected), losses], 1e-13)
+    assert torch.equal(found.buffers["1.running_mean"], model[1].running_mean)

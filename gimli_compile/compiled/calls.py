@@ -10,20 +10,30 @@ import torch._C._functorch as _functorch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.batches import Batches
-from gimli_compile.compiled.choice import LoopInputs
+from gimli_compile.compiled.choice import LoopInputs, StepChoice
+from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loss_table import LossTable
 from gimli_compile.records import opened
-from gimli_compile.state import TrainState
-from gimli_compile.stepping import StepInputs
+from gimli_compile.state import Tensors, TrainState
+from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.tasks import Loop, lead_with_tasks
 from gimli_compile.unrolling import segment_length
 
 
+class Compiler:
+    """What `Functional.compile` adds: compiled loops and compiled forward passes."""
+
+    def __init__(self, stepper: SplitStepper | WholeStepper, losses: LossTable, backend: str, *, verify: bool) -> None:
+        self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify)
+        self.forwards = LoopCompiler(ForwardChoice(losses), backend, verify=verify)
+
+
 def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, model_key: Any) -> tuple[TrainState, Any]:
     """Runs a loop by compiled programs: see `Functional.unroll`."""
-    _refuse_transforms(loop)
+    refuse_transforms((loop.state, loop.batches, loop.hyper, loop.meta))
     _refuse_modes(options)
     loop = replace(loop, batches=opened(loop.batches), meta=opened(loop.meta))
     dims, count, step_dim = None, None, 0
@@ -53,6 +63,14 @@ def step_compiled(compiler: LoopCompiler, inputs: StepInputs) -> tuple[TrainStat
     return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
 
 
+def call_compiled(
+    compiler: LoopCompiler, params: Tensors, buffers: Tensors, inputs: Any, model_key: Any, *, tasks: bool = False
+) -> tuple[Any, Tensors]:
+    """Calls the model by compiled programs: see `Functional.forward`."""
+    refuse_transforms((params, buffers, inputs))
+    return forward_compiled(compiler, params, buffers, opened(inputs), model_key, tasks=tasks)
+
+
 def _joined(parts: list[Any]) -> Any:
     """Returns what the steps of several loops returned as if there had been one."""
     leaves = [pytree.tree_leaves(part) for part in parts]
@@ -72,15 +90,15 @@ def _refuse_modes(options: LoopOptions) -> None:
         )
 
 
-def _refuse_transforms(loop: Loop) -> None:
+def refuse_transforms(inputs: Any) -> None:
+    """Refuses tensors that belong to a transform of torch.func."""
     if not _functorch.peek_interpreter_stack():
         return
-    leaves = pytree.tree_leaves((loop.state, loop.batches, loop.hyper, loop.meta))
-    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
     if any(map(_functorch.is_functorch_wrapped_tensor, tensors)):
         raise InputError(
             compose_message(
-                "a compiled loop runs under a torch.func transform",
+                "a compiled program runs under a torch.func transform",
                 None,
                 "Transforms of torch.func trace Python code, and compiled code cannot be traced.",
                 "Use `unroll(..., tasks=True)` for many tasks and `backward()` for gradients, or unroll uncompiled.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -59,6 +59,18 @@ class LoopInputs:
         return {Role.BATCH: self.dims[1], Role.HYPER: self.dims[2], Role.META: self.dims[3]}.get(slot.role, 0)
 
 
+class Choice(Protocol):
+    """Finds, of the captured programs, those that fit a step."""
+
+    def fitting(self, place: Place, inputs: LoopInputs, draws: Draws) -> list[StepFunction]:
+        """Returns what is known to fit, as far as can be told before the step."""
+        ...
+
+    def capture(self, place: Place, inputs: LoopInputs, draws: Draws) -> None:
+        """Takes the step uncompiled, which captures what is missing; adds the draws that it makes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a loop is: the step, and what is carried into it."""
@@ -73,7 +85,7 @@ class Place:
         return build_state(self.slots.slots, values, self.skeleton)
 
 
-class Choice:
+class StepChoice:
     """Makes step functions of captured programs, one for each combination."""
 
     def __init__(self, stepper: SplitStepper | WholeStepper) -> None:
@@ -83,11 +95,11 @@ class Choice:
     def fitting(self, place: Place, inputs: LoopInputs, draws: Draws) -> list[StepFunction]:
         """Returns what is known to fit, as far as can be told before the step."""
         find = self._split if isinstance(self._stepper, SplitStepper) else self._whole
-        return _at(place, inputs, draws, lambda given: list(find(given)))
+        return at_place(place, inputs, draws, lambda given: list(find(given)))
 
     def capture(self, place: Place, inputs: LoopInputs, draws: Draws) -> None:
         """Takes the step uncompiled, which captures what is missing; adds the draws that it makes."""
-        _at(place, inputs, draws, self._stepper.step)
+        at_place(place, inputs, draws, self._stepper.step)
 
     def _split(self, inputs: StepInputs) -> Iterator[StepFunction]:
         stepper, state = self._stepper, inputs.state
@@ -126,7 +138,7 @@ def _forms_of(gradient: Gradient, trained: list[str]) -> dict[str, Any]:
     return from_slots({slot: fakes[node] for slot, node in pairs}, trained)
 
 
-def _at(place: Place, inputs: LoopInputs, draws: Draws, call: Callable[[StepInputs], Any]) -> Any:
+def at_place(place: Place, inputs: LoopInputs, draws: Draws, call: Callable[[StepInputs], Any]) -> Any:
     """Calls a function with the inputs of one step; with tasks, as one of the tasks of `torch.vmap`."""
     batch = inputs.batches[place.index]
 

@@ -45,16 +45,26 @@ def _call(node: fx.Node) -> str:
         return f"{_text(node.args[0])}[{node.args[1]}]"
     if not isinstance(node.target, torch._ops.OpOverload):
         raise _unknown(f"{node.target} is no operator of torch")
-    arguments = [
-        f"torch.tensor({value!r})" if _is_tensor(formal) and isinstance(value, (int, float)) else _text(value)
-        for formal, value in zip(node.target._schema.arguments, node.args, strict=False)
-    ]
+    arguments = [_argument(node.target, place, value) for place, value in enumerate(node.args)]
     arguments += [f"{key}={_text(value)}" for key, value in node.kwargs.items()]
     return f"torch.ops.{node.target.namespace}.{node.target._opname}({', '.join(arguments)})"
 
 
-def _is_tensor(argument: torch._C.Argument) -> bool:
-    return isinstance(argument.type, torch.TensorType)
+def _argument(target: torch._ops.OpOverload, place: int, value: Any) -> str:
+    """Returns an argument; a number in the place of a tensor is one if no overload takes numbers there."""
+    if not isinstance(value, (int, float)) or not isinstance(_type_of(target, place), torch.TensorType):
+        return _text(value)
+    packet = target.overloadpacket
+    types = [_type_of(getattr(packet, name), place) for name in packet.overloads()]
+    if any(isinstance(kind, torch.NumberType) for kind in types):
+        return _text(value)
+    kind = torch.float64 if isinstance(value, float) else torch.bool if isinstance(value, bool) else torch.int64
+    return f"torch.tensor({value!r}, dtype={kind})"
+
+
+def _type_of(target: torch._ops.OpOverload, place: int) -> Any:
+    arguments = target._schema.arguments
+    return arguments[place].type if place < len(arguments) else None
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,6 @@ from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_fo
 from gimli_compile.compiled.planning import Planner, Run
 from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
-from gimli_compile.stepping import SplitStepper, WholeStepper
 
 Tensor = torch.Tensor
 
@@ -25,8 +24,8 @@ Tensor = torch.Tensor
 class LoopCompiler:
     """Runs loops by compiled programs; keeps what it compiled."""
 
-    def __init__(self, stepper: SplitStepper | WholeStepper, backend: str, *, verify: bool) -> None:
-        self._choice = Choice(stepper)
+    def __init__(self, choice: Choice, backend: str, *, verify: bool) -> None:
+        self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify))
         self._plans: dict[Any, Sequence[Bound]] = {}
 
