@@ -246,9 +246,8 @@ def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Te
 
 
 def check_start(state: Any, model: ModelView, view: OptimizerView) -> None:
-    """Refuses to step from what is no state of this model and optimizer."""
+    """Refuses to step from what is no state of this model, which was read for this call, and optimizer."""
     check_train_state(state)
-    model.refresh()
     check_tensors(state.params, model.params, "state.params")
     check_tensors(state.buffers, model.buffers, "state.buffers")
     check_gradients(state.grads, model.params)

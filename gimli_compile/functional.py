@@ -189,8 +189,9 @@ class Functional:
     def forward(self, params: Tensors, buffers: Tensors, *args: Any, **kwargs: Any) -> tuple[Any, Tensors]:
         """Calls the model with these parameters and buffers; returns its output and the new buffers."""
         check_callable(self.model)
-        check_tensors(params, self._model_view.live_params, "params")
-        check_tensors(buffers, self._model_view.live_buffers, "buffers")
+        self._model_view.refresh()
+        check_tensors(params, self._model_view.params, "params")
+        check_tensors(buffers, self._model_view.buffers, "buffers")
         if self._compiler is None:
             return self._losses.forward(params, buffers, args, kwargs)
         return call_compiled(self._compiler.forwards, params, buffers, (args, kwargs), self._model_view.options)
@@ -244,8 +245,8 @@ class Functional:
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
         check_loss_given(self.loss_fn, self.train_step)
-        check_start(state, self._model_view, self._view)
         values = self._hyper_values(hyper)
+        check_start(state, self._model_view, self._view)
         inputs = StepInputs(state, batch, values, meta, model_key=self._model_view.options)
         return self._stepper.step(inputs) if self._compiler is None else step_compiled(self._compiler.loops, inputs)
 

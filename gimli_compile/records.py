@@ -6,6 +6,7 @@ import dataclasses
 from collections import UserDict
 from typing import Any, cast
 
+import torch
 from torch.utils import _pytree as pytree
 
 
@@ -31,6 +32,10 @@ class Record:
 
 def opened(tree: Any) -> Any:
     """Returns a pytree with records in place of dataclasses and dicts of other kinds, however nested."""
+    if tree is None or isinstance(tree, torch.Tensor):
+        return tree
+    if type(tree) in (tuple, list) and all(isinstance(leaf, torch.Tensor) for leaf in tree):
+        return tree
     return pytree.tree_map(_open, tree)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ class Batches:
 
     def slots(self) -> tuple[Slot, ...]:
         """Returns the slots of a batch."""
+        leaves, structure = self._flat[0]
+        if all(isinstance(leaf, Tensor) for leaf in leaves):
+            return _slots_of(structure)
         return tuple(tree_slots(Role.BATCH, self[0]))
 
     def leaves(self) -> list[list[Tensor]]:
@@ -56,6 +60,12 @@ class Batches:
         if self.is_uniform:
             return _form_of(*self._flat[0]), len(self._flat)
         return tuple(_form_of(*flat) for flat in self._flat)
+
+
+@functools.lru_cache(maxsize=256)
+def _slots_of(structure: pytree.TreeSpec) -> tuple[Slot, ...]:
+    """Returns the slots of a pytree of tensors."""
+    return tuple(tree_slots(Role.BATCH, pytree.tree_unflatten([torch.empty(0)] * structure.num_leaves, structure)))
 
 
 def _form_of(leaves: Sequence[Any], structure: pytree.TreeSpec) -> Any:
