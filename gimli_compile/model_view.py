@@ -133,6 +133,7 @@ class ModelView:
         live = {**self.live_params, **self.live_buffers}
         by_id = {id(live[name]): tensor for name, tensor in tensors.items() if name in live}
         before = [(module, vars(module)) for module in self.modules() if not is_scripted(module)]
+        known = (self._watch, self.params, self.buffers, self.options)
         try:
             for module, attributes in before:
                 module.__dict__ = {key: _replace(value, by_id) for key, value in attributes.items()}
@@ -141,6 +142,7 @@ class ModelView:
         finally:
             for module, attributes in before:
                 module.__dict__ = attributes
+            self._watch, self.params, self.buffers, self.options = known
 
     def tensor_attributes(self) -> dict[tuple[int, str], torch.Tensor]:
         """Returns the tensors that modules hold as plain attributes, by module and name."""

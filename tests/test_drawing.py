@@ -169,10 +169,15 @@ def test_operators_are_grouped_by_source_line(programs):
     assert pow_row.detail == "f64[]"
 
 
-def test_inputs_that_are_used_late_stand_late(programs):
+def test_inputs_that_are_used_late_stand_late():
     """In a whole step, state and hyperparameters stand before the update, not before the forward pass."""
-    picture = draw_picture(programs["step"].latest)
-    layer = {card.kind: card.box.layer for card in picture.cards[: len(programs["step"].latest.inputs)]}
+    model = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(4, 4), nn.Tanh())))
+    fn = gimli.functionalize(model, torch.optim.Adam(model.parameters()), lambda m, batch: m(batch).square().mean())
+    state = fn.init()
+    for _ in range(2):
+        state, _ = fn.step(state, torch.randn(5, 4))
+    step = fn.programs["step"].latest
+    layer = {card.kind: card.box.layer for card in draw_picture(step).cards[: len(step.inputs)]}
     assert layer["params"] == 0 and layer["batch"] == 1
     assert 1 < layer["state"] < layer["hyper"]
 
