@@ -44,3 +44,23 @@ def _on_cpu(optimizer):
     for group in optimizer.param_groups:
         group["capturable"] = False
     return optimizer
+
+
+@pytest.mark.parametrize("backend", ["eager", "torchscript", "inductor"])
+def test_compiled_loops_equal_uncompiled_ones(backend):
+    device = torch.accelerator.current_accelerator()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double().to(device)
+    x, y = torch.randn(3, 6, 4, dtype=torch.float64), torch.randint(3, (3, 6))
+    fn = gimli.functionalize(
+        model, torch.optim.Adam(model.parameters(), lr=0.1), lambda m, b: cross_entropy(m(b[0]), b[1])
+    )
+
+    def run(one):
+        hyper = fn.hyperparameters()
+        rate = hyper[0]["lr"].requires_grad_()
+        state, losses = one.unroll(fn.init(), (x.to(device), y.to(device)), hyper)
+        return [*state.params.values(), losses, torch.autograd.grad(losses[-1], rate)[0]]
+
+    for found, expected in zip(run(fn.compile(backend)), run(fn), strict=True):
+        assert float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
