@@ -186,10 +186,9 @@ def _measure_from(trial: Trial, warm: int) -> _Part:
     rounding, precision = coarsest_rounding(captured.programs())
     report = captured.fn.report()
     baked = tuple(map(str, report))
-    searched = any(isinstance(entry, Search) for entry in report)
     start = Start.of(trial, warm)
     lines = [
-        (with_facts(line, reported=searched or _is_reported(line.path, baked), rounding=rounding), got)
+        (with_facts(line, reported=_is_reported(line.path, baked), rounding=rounding), got)
         for line, got in _lines(start, gradients)
     ]
     judged = _judge_widened(trial, warm, lines) if rounding else [judge(line, got) for line, got in lines]
@@ -205,7 +204,7 @@ def _measure_from(trial: Trial, warm: int) -> _Part:
         rounding,
         precision,
         baked,
-        searched,
+        any(isinstance(entry, Search) for entry in report),
     )
 
 

@@ -26,10 +26,9 @@ tensor that the optimizer has: the difference to finite differences of the live 
 up to 1e-6 they are right. *kink*: between the slopes of the two sides. *jump*: the live code has no slope. *count*: an
 integer that is no smooth quantity. *staircase*: the live code jumps wherever a search ends otherwise, and the library
 warns of it; the program has the slope between two jumps, and the number is how far that is from differences over many.
-*reported*: the library says that the number is a constant, or it warns of a search whose jumps are too small to measure
-the slope between them. *unmeasured*: the slope of the live code cannot be measured to 1e-6. Where a class computes in
-*float32* or less inside, values are those with its roundings, derivatives those without, in program and live code
-alike. Paths without `groups` are of group 0 or of
+*reported*: the library says that the number is a constant. *unmeasured*: the slope
+of the live code cannot be measured to 1e-6. Where a class computes in *float32* or less inside, values are those with
+its roundings, derivatives those without, in program and live code alike. Paths without `groups` are of group 0 or of
 attributes.\
 """
 
