@@ -343,6 +343,18 @@ def test_the_slope_between_jumps_is_found_and_so_are_they():
     assert nearby_jump(lambda x: math.sin(x) + x * x, 0.3, 1e-3) == 0
 
 
+def test_a_fine_staircase_is_not_taken_for_the_line_through_its_steps():
+    """Over a million steps of 1e-10 a line fits with less uncertainty than between two of them."""
+
+    def stairs(x):
+        return 0.3 * x + 0.5 * math.floor(x * 1e10 + 0.5) * 1e-10 + 1.0
+
+    slope = local_slope(stairs, 1.0, (-1, 1))
+    assert slope is not None and abs(slope.value - 0.3) <= 4 * slope.uncertainty < 1e-3
+    assert judge(Line("x", stairs), 0.3).verdict is Verdict.STAIRCASE
+    assert judge(Line("x", stairs), 0.31).verdict is Verdict.WRONG
+
+
 @pytest.mark.parametrize(
     ("function", "got", "verdict"),
     (

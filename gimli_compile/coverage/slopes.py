@@ -64,11 +64,14 @@ def noisy_slope(function: Function, room: float, sides: Sequence[int], rounding:
 def local_slope(function: Function, room: float, sides: Sequence[int]) -> Slope | None:
     """Returns the derivative at 0 between the nearest jumps to both sides, however near they are.
 
-    Lines are fitted over intervals that shrink to nothing but rounding; the one with the least uncertainty is taken.
+    Lines are fitted over intervals that shrink to nothing but rounding. Of those from which the function deviates by
+    no more than rounding, so that no jump is inside, the one with the least uncertainty is taken: jumps at even
+    distances make a good line too, of another slope. If there is none, it is the one with the least uncertainty of all.
     """
-    widths = [room * width for width in _LOCAL_LADDER]
-    fits = [_fit_line(function, width, sides) for width in widths]
-    return min((fit for fit in fits if fit is not None), key=lambda slope: slope.uncertainty, default=None)
+    fits = [_fit_line(function, room * width, sides) for width in _LOCAL_LADDER]
+    known = [fit for fit in fits if fit is not None]
+    smooth = [slope for slope, is_smooth in known if is_smooth]
+    return min(smooth or [slope for slope, _ in known], key=lambda slope: slope.uncertainty, default=None)
 
 
 def nearby_jump(function: Function, slope: float, reach: float) -> float:
@@ -130,14 +133,18 @@ def _value(function: Function, offset: float) -> float:
         return math.nan
 
 
-def _fit_line(function: Function, width: float, sides: Sequence[int]) -> Slope | None:
+def _fit_line(function: Function, width: float, sides: Sequence[int]) -> tuple[Slope, bool] | None:
+    """Returns the slope of a line over an interval, and whether the function leaves it by no more than rounding."""
     points = _points(_LOCAL_POINTS, sides)
     values = np.array([_value(function, float(point) * width) for point in points])
     if not np.isfinite(values).all():
         return None
-    found = _fitted(points, values - values[0], 1)
-    rounded = _ROUNDING * float(np.abs(values).max()) / math.sqrt(_LOCAL_POINTS)
-    return Slope(found.value / width, (found.uncertainty + rounded) / width)
+    rises = values - values[0]
+    found = _fitted(points, rises, 1)
+    rounding = _ROUNDING * float(np.abs(values).max())
+    deviations = rises - rises.mean() - found.value * (points - points.mean())
+    slope = Slope(found.value / width, (found.uncertainty + rounding / math.sqrt(_LOCAL_POINTS)) / width)
+    return slope, float(np.abs(deviations).max()) <= 10 * rounding
 
 
 def _points(count: int, sides: Sequence[int]) -> np.ndarray:
