@@ -21,9 +21,14 @@ _LACKING = re.compile(r"forward AD|forward-mode|jvp", re.IGNORECASE)
 def push_forward(program: Program, values: Values, directions: Values, cure: str) -> tuple[Values, Values]:
     """Returns the results of a program and the derivatives of the floating ones along `directions`, by input slot.
 
+    Without any directions nothing moves, and there are no derivatives.
+
     Raises:
         CaptureError: torch has no forward derivative of an operator; the message names its line.
     """
+    if not directions:
+        with torch.no_grad():
+            return program(values), {}
     slots = tuple(directions)
 
     def run(*moved: torch.Tensor) -> Any:
@@ -42,7 +47,12 @@ def push_forward(program: Program, values: Values, directions: Values, cure: str
 
 
 def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    """Calls `torch.func.jvp` with an auxiliary result and without what torch warns of itself."""
+    """Calls `torch.func.jvp` with an auxiliary result and without what torch warns of itself.
+
+    All are made contiguous: a tangent of another layout would be copied into the primal's, which has no room for it
+    where tasks share one tensor.
+    """
+    primals, tangents = (tuple(value.contiguous() for value in values) for values in (primals, tangents))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
         return cast(Any, torch.func.jvp(function, primals, tangents, has_aux=True))

@@ -56,7 +56,7 @@ class JointGradients:
             given = {**values, **_draws_of(captured.program, draws)}
             results, tangents = push_forward(captured.program, given, along, CURE)
             if captured.held(results):
-                return _by_input(wanted, results), _by_input(wanted, tangents)
+                return _by_input(wanted, results), _by_input(wanted, tangents) if along else {}
         raise CaptureError(f"the branches of {self.losses.title} come out otherwise than when the step ran. {CURE}")
 
     def _capture(

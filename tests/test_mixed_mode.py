@@ -49,6 +49,37 @@ def test_gradients_equal_differences_of_the_live_loop(case, optimizer, hypers):
     check_gradients(with_optimizer(CASES[case], OPTIMIZERS[optimizer]), hypers, backward="mixed", checkpoint="sqrt")
 
 
+def test_square_layers_that_tasks_share():
+    """What goes back through a square matrix is transposed, and was copied into a parameter that all tasks share."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), squared_error)
+    batches = normal(3, 4, 5, 2), normal(3, 4, 5, 1)
+
+    def gradients(backward):
+        state = fn.init()
+        start = replace(state, params={name: p.clone().requires_grad_() for name, p in state.params.items()})
+        _, losses = fn.unroll(start, batches, tasks=True, backward=backward)
+        return torch.autograd.grad(losses[:, -1].sum(), list(start.params.values()))
+
+    for got, expected in zip(gradients("mixed"), gradients("reverse"), strict=True):
+        assert relative_error(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("last", [0, -1])
+def test_one_loss_alone(last):
+    """The step of that loss has an adjoint of its loss and none of what it ends with."""
+    _, _, fn = PLAIN.functionalized()
+
+    def gradients(backward):
+        state = fn.init()
+        start = replace(state, params={name: p.clone().requires_grad_() for name, p in state.params.items()})
+        _, losses = fn.unroll(start, PLAIN.batches, None, PLAIN.meta, backward=backward)
+        return torch.autograd.grad(losses[last], list(start.params.values()))
+
+    for got, expected in zip(gradients("mixed"), gradients("reverse"), strict=True):
+        assert relative_error(got, expected) <= 1e-12
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
 def test_a_warm_state(optimizer):
     """The state of the optimizer carries adjoints into the loop and out of it."""
