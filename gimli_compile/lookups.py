@@ -141,7 +141,10 @@ def _make_index(kind: Any) -> Callable[..., Any]:
         size = len(self)
         if not (compare(operator.ge, index, -size) and compare(operator.lt, index, size)):
             return value
-        places = lambda: torch.arange(size, dtype=torch.float64) == index.tensor % size  # noqa: E731
+
+        def places() -> torch.Tensor:
+            return torch.arange(size, dtype=torch.float64) == index.tensor % size
+
         return _chosen(index, list(self), places, None, value)
 
     return method

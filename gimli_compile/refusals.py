@@ -11,103 +11,83 @@ from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.provenance import user_source
 
 
+def _refusal(what: str, why: str, cure: str) -> CaptureError:
+    return CaptureError(compose_message(what, user_source(), why, cure))
+
+
 def parameter_changes(name: str, operator: str) -> CaptureError:
     """The model or the loss writes to a parameter."""
-    return CaptureError(
-        compose_message(
-            f"the model changes its parameter {name!r} in place (`{operator}`)",
-            user_source(),
-            "A step returns the parameters that the optimizer makes; this change would be lost.",
-            "Change the parameter between steps, or compute with a changed copy of it.",
-        )
+    return _refusal(
+        f"the model changes its parameter {name!r} in place (`{operator}`)",
+        "A step returns the parameters that the optimizer makes; this change would be lost.",
+        "Change the parameter between steps, or compute with a changed copy of it.",
     )
 
 
 def live_reference(name: str) -> CaptureError:
     """Code uses a live tensor that the program has another in place of."""
-    return CaptureError(
-        compose_message(
-            f"the live tensor {name!r} is used through a reference that was kept, not through the model",
-            user_source(),
-            "The program runs with other tensors in its place; a kept reference would stay what it was.",
-            "Take parameters and buffers from the model inside the loss, as `model.parameters()` gives them.",
-        )
+    return _refusal(
+        f"the live tensor {name!r} is used through a reference that was kept, not through the model",
+        "The program runs with other tensors in its place; a kept reference would stay what it was.",
+        "Take parameters and buffers from the model inside the loss, as `model.parameters()` gives them.",
     )
 
 
 def branch_on_value() -> CaptureError:
     """The model or the loss asks for a value that has derivatives."""
-    return CaptureError(
-        compose_message(
-            "the model or the loss turns the value of a tensor into a Python value",
-            user_source(),
-            "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
-            "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch. Or let every outcome "
-            'have a program of its own: `functionalize(..., branches="guard")`.',
-        )
+    return _refusal(
+        "the model or the loss turns the value of a tensor into a Python value",
+        "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
+        "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch. Or let every outcome "
+        'have a program of its own: `functionalize(..., branches="guard")`.',
     )
 
 
 def value_read(operator: str, *, in_model: bool) -> CaptureError:
     """Code reads the value of a tensor where no guard can follow."""
     where = "the model or the loss" if in_model else "the step"
-    return CaptureError(
-        compose_message(
-            f"{where} turns the value of a tensor into a Python value (`{operator}`)",
-            user_source(),
-            "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
-            "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch.",
-        )
+    return _refusal(
+        f"{where} turns the value of a tensor into a Python value (`{operator}`)",
+        "A captured step is a graph, and the graph cannot follow Python's control flow on tensor values.",
+        "Use `torch.where`, `torch.clamp` or another tensor operator in place of the branch.",
     )
 
 
 def varying_shape(operator: str) -> CaptureError:
     """An operator has a result whose shape follows from values."""
-    return CaptureError(
-        compose_message(
-            f"`{operator}` has a result whose shape depends on tensor values",
-            user_source(),
-            "A captured program has fixed shapes.",
-            "Use a mask (`torch.where`) instead of selecting.",
-        )
+    return _refusal(
+        f"`{operator}` has a result whose shape depends on tensor values",
+        "A captured program has fixed shapes.",
+        "Use a mask (`torch.where`) instead of selecting.",
     )
 
 
 def foreign_write(operator: str) -> CaptureError:
     """An operator writes to a tensor that is no input of the program."""
-    return CaptureError(
-        compose_message(
-            f"`{operator}` changes a tensor that is neither a parameter, a buffer nor state",
-            user_source(),
-            "A captured program is pure: what it changes must be one of its inputs.",
-            "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
-        )
+    return _refusal(
+        f"`{operator}` changes a tensor that is neither a parameter, a buffer nor state",
+        "A captured program is pure: what it changes must be one of its inputs.",
+        "Register the tensor with `register_buffer`, or keep it in the optimizer's state.",
     )
 
 
 def varying_distribution(operator: str) -> CaptureError:
     """An operator draws from a distribution that follows from values."""
-    return CaptureError(
-        compose_message(
-            f"`{operator}` draws from a distribution that depends on tensor values",
-            user_source(),
-            "A draw becomes an input of the program, so it cannot depend on what the program computes.",
-            "Draw noise of a fixed distribution and transform it (the reparameterization of the draw).",
-        )
+    return _refusal(
+        f"`{operator}` draws from a distribution that depends on tensor values",
+        "A draw becomes an input of the program, so it cannot depend on what the program computes.",
+        "Draw noise of a fixed distribution and transform it (the reparameterization of the draw).",
     )
 
 
 def number_for_each(operator: str) -> CaptureError:
     """A hyperparameter with one value for each element meets elements that a mask selected."""
-    return CaptureError(
-        compose_message(
-            "a hyperparameter that has a value for each element of its parameter meets elements that a mask selected, "
-            f"in `{operator}`",
-            user_source(),
-            "The code has one number there. Which of the values belong to the selected elements it does not say.",
-            "Give this hyperparameter one value (of each parameter: `per_parameter=True`), or write the step with "
-            "`torch.where(mask, ..., x)` in place of `x[mask]`.",
-        )
+    return _refusal(
+        "a hyperparameter that has a value for each element of its parameter meets elements that a mask selected, "
+        f"in `{operator}`",
+        "The code has one number there. Which of the values belong to the selected elements it does not say.",
+        "Give this hyperparameter one value (of each parameter: `per_parameter=True`), or write the step with "
+        "`torch.where(mask, ..., x)` in place of `x[mask]`.",
     )
 
 

@@ -18,6 +18,7 @@ from live_training import (
     regression,
     sgd,
     squared_error,
+    train_step,
     unrolled_gradients,
 )
 from torch import nn
@@ -186,14 +187,6 @@ def test_more_than_one_program_is_taken(name):
     assert str(fn.programs["grad"]).count("# holds when") == taken
     fn.unroll(fn.init(), training.batches)
     assert len(fn.programs["grad"]) == taken
-
-
-def train_step(model, optimizer, batch):
-    optimizer.zero_grad()
-    loss = squared_error(model, batch)
-    loss.backward()
-    optimizer.step()
-    return loss
 
 
 @pytest.mark.parametrize("name", ["branch", "size", "experts"])

@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from live_training import Training, Untouched, check_gradients, check_values, plain_sgd, regression, squared_error
+from live_training import (
+    Training,
+    Untouched,
+    check_gradients,
+    check_values,
+    plain_sgd,
+    regression,
+    squared_error,
+    train_step,
+)
 from torch import nn
 
 import gimli_compile as gimli
@@ -82,14 +91,6 @@ class Watched(Layer):
     def forward(self, x):
         self.made = self.layer(x)
         return self.made.tanh()
-
-
-def train_step(model, optimizer, batch):
-    optimizer.zero_grad()
-    loss = squared_error(model, batch)
-    loss.backward()
-    optimizer.step()
-    return loss
 
 
 @pytest.mark.parametrize("model", [GrowingLayer, GrowingParameter, GrowingBuffer])

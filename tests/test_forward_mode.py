@@ -11,13 +11,12 @@ from live_training import (
     normal,
     objective,
     plain_sgd,
-    regression,
     relative_error,
     squared_error,
     with_optimizer,
 )
 from memory import peak_of
-from mode_cases import CASES, EVERY, OPTIMIZERS, mlp
+from mode_cases import CASES, EVERY, OPTIMIZERS
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -115,20 +114,6 @@ def test_whole_steps():
         return torch.autograd.grad(objective(state.params, made["loss"]), rate)[0]
 
     assert relative_error(rate_gradient(backward="forward"), rate_gradient()) <= 1e-11
-
-
-def test_one_tensor_in_several_places():
-    training = Training(mlp, OPTIMIZERS["sgd"], lambda m, b, w: w * squared_error(m, b), regression(3), normal())
-    _, _, fn = training.functionalized()
-
-    def gradient(**options):
-        shared = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-        hyper = fn.hyperparameters()
-        hyper[0]["lr"] = hyper[0]["momentum"] = shared
-        state, losses = fn.unroll(fn.init(), training.batches, hyper, shared, **options)
-        return torch.autograd.grad(objective(state.params, losses), shared)[0]
-
-    assert relative_error(gradient(backward="forward"), gradient()) <= 1e-12
 
 
 def test_without_anything_to_differentiate_it_is_a_plain_loop():

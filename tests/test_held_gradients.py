@@ -11,6 +11,7 @@ from live_training import (
     adamw,
     assert_equal_tensors,
     check_gradients,
+    check_recomputation_and_tasks,
     check_values,
     continue_live,
     copied,
@@ -23,7 +24,6 @@ from live_training import (
     sgd,
     slope_error,
     squared_error,
-    unrolled_gradients,
 )
 from torch import nn
 
@@ -181,16 +181,7 @@ def test_it_is_written_back():
 
 @pytest.mark.parametrize("name", ["never_cleared", "accumulating"])
 def test_recomputation_and_tasks(name):
-    training = training_of(STEPS[name], steps=5)
-    fn = training.functionalized()[2]
-    _, stored = unrolled_gradients(training, fn)
-    _, recomputed = unrolled_gradients(training, fn, checkpoint=2)
-    assert_equal_tensors(recomputed, stored)
-    many = [tuple(torch.stack([part, 0.5 * part + 0.1]) for part in batch) for batch in training.batches]
-    state, _ = fn.unroll(fn.init(), many, tasks=True)
-    for task in range(2):
-        expected = run_live(training, batches=[tuple(part[task] for part in batch) for batch in many])
-        assert_equal_tensors({n: p[task] for n, p in state.params.items()}, expected.params[-1])
+    check_recomputation_and_tasks(training_of(STEPS[name], steps=5))
 
 
 def test_first_order_takes_them_as_constants():

@@ -12,6 +12,7 @@ from live_training import (
     objective,
     plain_sgd,
     squared_error,
+    train_step,
     unrolled_gradients,
 )
 from memory import peak_of
@@ -83,13 +84,6 @@ def test_the_draws_are_those_of_a_plain_loop():
 
 
 def test_whole_steps_and_tasks():
-    def train_step(model, optimizer, batch):
-        optimizer.zero_grad()
-        loss = squared_error(model, batch)
-        loss.backward()
-        optimizer.step()
-        return loss
-
     _, _, fn = replace(CASES["mlp"], train_step=train_step).functionalized()
     fn.unroll(fn.init(), CASES["mlp"].batches, backward="auto", memory="20kB")
     assert fn.last_plan is not None

@@ -14,6 +14,7 @@ from live_training import (
     regression,
     relative_error,
     squared_error,
+    train_step,
     unrolled_gradients,
     with_optimizer,
 )
@@ -173,7 +174,8 @@ def test_the_values_are_those_of_reverse():
         assert torch.equal(left, right)
 
 
-def test_one_tensor_in_several_places():
+@pytest.mark.parametrize("backward", ["mixed", "forward"])
+def test_one_tensor_in_several_places(backward):
     """A tensor that is both meta-parameter and learning rate gets the gradient of both uses."""
     training = Training(mlp, OPTIMIZERS["sgd"], lambda m, b, w: w * squared_error(m, b), regression(3), normal())
     _, _, fn = training.functionalized()
@@ -185,7 +187,7 @@ def test_one_tensor_in_several_places():
         state, losses = fn.unroll(fn.init(), training.batches, hyper, shared, **options)
         return torch.autograd.grad(objective(state.params, losses), shared)[0]
 
-    assert relative_error(gradient(backward="mixed"), gradient()) <= 1e-12
+    assert relative_error(gradient(backward=backward), gradient()) <= 1e-12
 
 
 def test_backward_twice_over_a_kept_graph():
@@ -337,13 +339,6 @@ def test_a_derivative_that_is_not_symmetric_is_refused():
 
 
 def test_whole_steps_are_refused():
-    def train_step(model, optimizer, batch):
-        optimizer.zero_grad()
-        loss = squared_error(model, batch)
-        loss.backward()
-        optimizer.step()
-        return loss
-
     _, _, fn = replace(PLAIN, train_step=train_step).functionalized()
     with pytest.raises(gimli.InputError, match=r"captured whole[\s\S]*reverse"):
         fn.unroll(fn.init(), PLAIN.batches, backward="mixed")

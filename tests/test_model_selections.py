@@ -18,6 +18,7 @@ from live_training import (
     sgd,
     squared_error,
     tokens,
+    train_step,
 )
 from torch import nn
 
@@ -182,14 +183,6 @@ def test_gradients_equal_differences_of_the_live_loop(name):
 @pytest.mark.parametrize("checkpoint", ["step", 2])
 def test_steps_that_are_computed_again(name, checkpoint):
     check_gradients(TRAININGS[name], HYPERS, checkpoint=checkpoint)
-
-
-def train_step(model, optimizer, batch):
-    optimizer.zero_grad()
-    loss = squared_error(model, batch)
-    loss.backward()
-    optimizer.step()
-    return loss
 
 
 @pytest.mark.parametrize("name", ["mask", "write", "where"])

@@ -11,14 +11,13 @@ from live_training import (
     Training,
     assert_equal_tensors,
     check_gradients,
+    check_recomputation_and_tasks,
     check_values,
     continue_live,
     copied,
     normal,
-    run_live,
     run_steps,
     slope_error,
-    unrolled_gradients,
 )
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -195,16 +194,7 @@ def test_a_loop_goes_on_in_the_middle_of_training_and_is_written_back(name):
 
 @pytest.mark.parametrize("name", ["adversaries", "turns"])
 def test_tasks_and_recomputation(name):
-    training = CASES[name]
-    fn = training.functionalized()[2]
-    _, stored = unrolled_gradients(training, fn)
-    _, recomputed = unrolled_gradients(training, fn, checkpoint=2)
-    assert_equal_tensors(recomputed, stored)
-    many = [tuple(torch.stack([part, 0.5 * part + 0.1]) for part in batch) for batch in training.batches]
-    state, _ = fn.unroll(fn.init(), many, tasks=True)
-    for task in range(2):
-        expected = run_live(training, batches=[tuple(part[task] for part in batch) for batch in many])
-        assert_equal_tensors({n: p[task] for n, p in state.params.items()}, expected.params[-1])
+    check_recomputation_and_tasks(CASES[name])
 
 
 # ---------------------------------------------------------------------- places

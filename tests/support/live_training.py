@@ -310,6 +310,19 @@ def unrolled_gradients(training, fn, *, create_graph=False, **options):
     return inputs, dict(zip(named, grads, strict=True))
 
 
+def check_recomputation_and_tasks(training):
+    """Steps that are computed again have the same gradients, bit for bit; tasks have the values of loops of their own."""
+    fn = training.functionalized()[2]
+    _, stored = unrolled_gradients(training, fn)
+    _, recomputed = unrolled_gradients(training, fn, checkpoint=2)
+    assert_equal_tensors(recomputed, stored)
+    many = [tuple(torch.stack([part, 0.5 * part + 0.1]) for part in batch) for batch in training.batches]
+    state, _ = fn.unroll(fn.init(), many, tasks=True)
+    for task in range(2):
+        expected = run_live(training, batches=[tuple(part[task] for part in batch) for batch in many])
+        assert_equal_tensors({n: p[task] for n, p in state.params.items()}, expected.params[-1])
+
+
 def check_gradients(training, hypers=(), skip=(), fn=None, batch=True, **options):
     """The gradients of `unroll` equal central differences of the live eager loop.
 
@@ -481,6 +494,15 @@ def tokens(steps, *, size=3, length=4, vocabulary=6):
 def squared_error(model, batch):
     x, y = batch
     return ((model(x) - y) ** 2).mean()
+
+
+def train_step(model, optimizer, batch):
+    """A whole step on the squared error."""
+    optimizer.zero_grad()
+    loss = squared_error(model, batch)
+    loss.backward()
+    optimizer.step()
+    return loss
 
 
 def with_optimizer(training, optimizer):
