@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
+from gimli_compile.aliases import ALIAS_HANDLERS
 from gimli_compile.concolic import IntNumber, Number, bake, number_of
 from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
@@ -145,8 +146,7 @@ def _allclose(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _detach(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
-    if mode.recorder.region is Region.LOSS:
-        mode.recorder.mark_stop(out)
+    mode.recorder.mark_stop(out)
     return out
 
 
@@ -376,6 +376,7 @@ _HANDLERS: dict[Any, Callable[[Interception, Any, Any, Any], Any]] = {
     Tensor.numpy: _to_numpy,
     Tensor.__array__: _to_numpy,
     torch.normal: _normal,
+    **ALIAS_HANDLERS,
     **REFUSED_OPERATORS,
     **RULE_HANDLERS,
     **SIZE_HANDLERS,

@@ -15,12 +15,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gimli_compile.aliases import memory_followed
 from gimli_compile.custom_functions import custom_functions_recorded
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.interception import Interception
 from gimli_compile.loss_conditions import Captured, with_conditions
+from gimli_compile.metadata import storage_of
 from gimli_compile.model_view import ModelView, changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import LOSS_PASSES, lower
@@ -75,7 +77,7 @@ class LossRun:
         self.recorder = Recorder("loss")
         self.recorder.guards_branches = view.guards_branches
         self.live = live = view.live_params
-        self.recorder.live = {id(tensor): name for name, tensor in (live | view.live_buffers).items()}
+        self.recorder.live = {storage_of(tensor): name for name, tensor in (live | view.live_buffers).items()}
         self.params = {name: self._add_param(name, params[name]) for name in live}
         self.buffers = {
             name: self.add(Slot(Role.BUFFER, name), value, HOST if value.dim() == 0 else reach_of(value))
@@ -131,6 +133,7 @@ class LossRun:
                 draws_refused(recorder),
                 custom_functions_recorded(recorder),
                 escapes_closed(recorder, modules),
+                memory_followed(recorder),
                 recorder,
                 Interception(recorder),
             ):

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
+from gimli_compile.shared_memory import refuse_shared_memory
 from gimli_compile.snapshot import is_number
 from gimli_compile.tree_paths import named_leaves
 from gimli_compile.watching import Watch
@@ -34,6 +35,7 @@ class ModelView:
         _refuse_nothing(model)
         _refuse_uninitialized(self)
         refuse_detaching(self.modules())
+        refuse_shared_memory(self.live_params, self.live_buffers, "buffer")
         self.param_names = {id(p): name for name, p in self.live_params.items()}
         self.buffer_names = {id(b): name for name, b in self.live_buffers.items()}
 

@@ -21,6 +21,7 @@ from gimli_compile.provenance import raised_at, user_source
 from gimli_compile.row_gradients import as_eager
 from gimli_compile.schedulers import Schedulers
 from gimli_compile.several_optimizers import members
+from gimli_compile.shared_memory import refuse_shared_memory
 from gimli_compile.skeleton import (
     Companion,
     Container,
@@ -86,6 +87,7 @@ class OptimizerView:
         visited: list[Any] = []
         with self._split_groups():
             made = freeze(self.optimizer, self.names, self.opaque, self.companions, visited)
+        refuse_shared_memory({name: p for p, name in self.live_params()}, made[1], "state")
         if not self.per_parameter:  # then the groups that were read exist no longer
             self._watch, self._last = Watch(visited), made
         return made
@@ -253,6 +255,7 @@ class OptimizerView:
             with flags_cleared(self.optimizer):
                 self.execute(execute)
             after, found = freeze(self.optimizer, names, self.opaque, self.companions)
+        refuse_shared_memory(leaves, found, "state")
         return UpdateOutputs(leaves, after, found)
 
     def execute(self, execute: Callable[[], Any]) -> Any:

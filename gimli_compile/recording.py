@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gimli_compile.aliases import refuse_hidden
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
 from gimli_compile.metadata import fake_like, operator_name, storage_of, written_tensors
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
 from gimli_compile.refusals import (
     foreign_write,
+    hidden_memory,
     live_reference,
     parameter_changes,
     value_read,
@@ -98,7 +100,8 @@ class Recorder(TorchDispatchMode):
         self.baked: list[Baked] = []
         self.region = Region.OPTIMIZER
         self.guards_branches = False
-        self.live: dict[int, str] = {}
+        self.refuses_hidden = False
+        self.live: dict[Any, str] = {}  # by their memory
         self.kept: dict[Any, str] = {}
         self.extents = Extents(self)
         self.sparse = SparseTensors(self)
@@ -142,19 +145,19 @@ class Recorder(TorchDispatchMode):
         """Tells whether a tensor is an input or was made by a recorded operator."""
         return tensor in self._nodes
 
-    def _may_change(self, tensor: torch.Tensor) -> bool:
-        return self.knows(tensor) and storage_of(tensor) not in self._fixed
-
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """Returns the node of a tensor; an unknown tensor becomes a constant."""
         node = self._nodes.get(tensor)
         if node is None:
-            if id(tensor) in self.live:
-                raise live_reference(self.live[id(tensor)])
+            memory = storage_of(tensor)
+            if memory in self.live:
+                raise live_reference(self.live[memory])
+            if self.refuses_hidden and self._reach.get(memory):
+                refuse_hidden(tensor, self._nodes)
             slot = Slot(Role.CONSTANT, f"{self.name}.{len(self.constants)}")
             node = self.add_input(slot, tensor, 0)
             self.constants[slot] = tensor
-            self._fixed.add(storage_of(tensor))
+            self._fixed.add(memory)
         return node
 
     def rename(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
@@ -287,8 +290,8 @@ class Recorder(TorchDispatchMode):
         self._nodes[tensor].meta["inner_gradient"] = True
 
     def mark_stop(self, tensor: torch.Tensor) -> None:
-        """Says that the user's code stops the gradient at this tensor."""
-        if not self._grad_at_entry:
+        """Says that the code stops the gradient at this tensor, where it is the model or the loss."""
+        if self.region is not Region.LOSS or not self._grad_at_entry:
             return
         node = self._nodes.get(tensor)
         last = next(iter(reversed(self.graph.nodes)), None)
@@ -301,6 +304,8 @@ class Recorder(TorchDispatchMode):
 
     def _refuse(self, func: Any, args: Any, kwargs: Any, reach: int) -> None:
         self._refuse_writes(func, args, kwargs)
+        if func._opname == "set_":
+            raise hidden_memory("Tensor.set_")
         if not reach:
             return
         if reach & EACH:
@@ -320,7 +325,7 @@ class Recorder(TorchDispatchMode):
         for tensor in written_tensors(func, args, kwargs):
             if self.region is Region.LOSS and storage_of(tensor) in self.kept:
                 raise parameter_changes(self.kept[storage_of(tensor)], func._opname)
-            if not self._may_change(tensor):
+            if not self.knows(tensor) or storage_of(tensor) in self._fixed:
                 raise foreign_write(func._opname)
 
     def _shape_varies(self, func: Any, args: Any) -> bool:

@@ -71,6 +71,15 @@ def foreign_write(operator: str) -> CaptureError:
     )
 
 
+def hidden_memory(what: str) -> CaptureError:
+    """Code reaches for the memory of a captured tensor, past torch's operators."""
+    return _refusal(
+        f"the memory of a captured tensor is used past torch's operators (`{what}`)",
+        "A program sees operators only; what comes of the memory would be a constant of it.",
+        "Copy with `x.clone()`, share with `x.detach()` or `x.view_as(x)`.",
+    )
+
+
 def varying_distribution(operator: str) -> CaptureError:
     """An operator draws from a distribution that follows from values."""
     return _refusal(

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from gimli_compile.aliases import memory_followed
 from gimli_compile.custom_functions import custom_functions_recorded
 from gimli_compile.escapes import escapes_closed, modules_of, modules_of_functions
 from gimli_compile.inner_backward import backward_recorded
@@ -15,6 +16,7 @@ from gimli_compile.interception import Interception
 from gimli_compile.literals import literals_marked
 from gimli_compile.lookups import answering
 from gimli_compile.loss_capture import refuse_grown, warn_of_changes
+from gimli_compile.metadata import storage_of
 from gimli_compile.model_view import changed_attributes
 from gimli_compile.owned_generators import draws_refused
 from gimli_compile.pipeline import STEP_PASSES
@@ -45,7 +47,7 @@ class _StepTracing(UpdateTracing):
         self.buffers: dict[str, torch.Tensor] = {}
         model = view.model
         recorder.guards_branches = model.guards_branches
-        recorder.live = {id(tensor): name for name, tensor in (model.live_params | model.live_buffers).items()}
+        recorder.live = {storage_of(tensor): name for name, tensor in (model.live_params | model.live_buffers).items()}
 
     def run(self) -> UpdateOutputs:
         recorder, view = self.recorder, self.view
@@ -64,6 +66,7 @@ class _StepTracing(UpdateTracing):
                 custom_functions_recorded(recorder),
                 backward_recorded(recorder),
                 escapes_closed(recorder, dict.fromkeys([*optimizer, *model, *own])),
+                memory_followed(recorder),
                 recorder,
                 Interception(recorder),
             ):

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from gimli_compile.aliases import memory_followed
 from gimli_compile.concolic import Number, make_number
 from gimli_compile.condition_text import expression
 from gimli_compile.disguise import Traced, differs_in_disguise, pin_counters
@@ -93,7 +94,15 @@ class UpdateTracing:
 
         def execute() -> None:
             refused, escapes = draws_refused(self.recorder, skeleton), escapes_closed(self.recorder, modules)
-            with refused, literals_marked(modules, functions), escapes, self.recorder, Interception(self.recorder):
+            followed = memory_followed(self.recorder)
+            with (
+                refused,
+                literals_marked(modules, functions),
+                escapes,
+                followed,
+                self.recorder,
+                Interception(self.recorder),
+            ):
                 self.view.step()
 
         return self.view.run(skeleton, self.params, self.grads, self.values, execute, adapt=answering)

@@ -21,6 +21,7 @@ _DUNDERS = {
     "__iand__": "__and__", "__ior__": "__or__", "__ixor__": "__xor__",
     "__ilshift__": "__lshift__", "__irshift__": "__rshift__",
 }  # fmt: skip
+_OPTIONS = {"dtype", "layout", "device", "pin_memory"}
 _VIEWED_IN_PLACE = {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"}
 
 
@@ -271,7 +272,11 @@ class _Rewrite:
         if name == "fill_":
             value = args[1]
             return value if isinstance(value, fx.Node) else self._insert(aten.full_like.default, args, {}, node)
-        return self._insert(_out_of_place(node), args, kwargs, node)
+        target = _out_of_place(node)
+        if "out" in node.kwargs and _makes_anew(target):
+            form = self.read(_written_argument(node)).meta["val"]
+            kwargs = {**kwargs, "dtype": form.dtype, "device": form.device}
+        return self._insert(target, args, kwargs, node)
 
     def _view_in_place(self, node: fx.Node, written: fx.Node) -> None:
         """`unsqueeze_` and its kin change what a tensor shows, not its values."""
@@ -327,10 +332,17 @@ def _out_of_place(node: fx.Node) -> Any:
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
     for overload in packet.overloads() if packet is not None else ():
         candidate = getattr(packet, overload)
-        form = [(a.name, str(a.type)) for a in candidate._schema.arguments]
+        options = _OPTIONS if "out" in node.kwargs and _makes_anew(candidate) else ()
+        form = [(a.name, str(a.type)) for a in candidate._schema.arguments if a.name not in options]
         if form == wanted and not candidate._schema.is_mutable:
             return candidate
     raise _no_functional_form(node)
+
+
+def _makes_anew(target: torch._ops.OpOverload) -> bool:
+    """Tells whether an operator makes a tensor of numbers, the same every time: `eye`, `arange`, `full`."""
+    names = {a.name for a in target._schema.arguments}
+    return names >= _OPTIONS and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _no_functional_form(node: fx.Node) -> CaptureError:
