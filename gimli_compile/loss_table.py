@@ -14,7 +14,7 @@ from gimli_compile.loss_capture import Forward, capture_forward, capture_gradien
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
-from gimli_compile.passes.liveness import compute_only, eliminate_dead_code, restrict_results
+from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.records import opened
@@ -37,7 +37,7 @@ class Gradient:
     def buffers(self) -> Program:
         """The part of the program that makes the new buffers, and the conditions."""
         keep = [i for i, slot in enumerate(self.exact.results) if slot.role in (Role.BUFFER, Role.GUARD)]
-        return eliminate_dead_code(restrict_results(self.exact, keep))
+        return compute_only(self.exact, keep, dropping=(Role.CONSTANT,))
 
     @cached_property
     def carried_buffers(self) -> frozenset[str]:

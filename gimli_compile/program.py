@@ -139,6 +139,10 @@ class Program:
         """Returns the node that a result slot returns."""
         return self.returned[self.results.index(slot)]
 
+    def calls(self, *targets: Any) -> bool:
+        """Tells whether some node calls one of these targets."""
+        return any(self.graph.find_nodes(op="call_function", target=target) for target in targets)
+
     def copy(self, **changes: Any) -> Program:
         """Returns a copy with a graph of its own, node names and meta kept, and the fields of `changes` replaced."""
         graph = fx.Graph()
@@ -167,9 +171,11 @@ class Program:
 
 
 def apply_passes(program: Program, passes: Sequence[Pass], check: Callable[[Program], None]) -> Program:
-    """Applies `passes` in order and checks the program after each."""
+    """Applies `passes` in order and checks the program after each that changed it."""
     check(program)
     for transform in passes:
-        program = transform(program)
-        check(program)
+        made = transform(program)
+        if made is not program:
+            check(made)
+        program = made
     return program

@@ -27,7 +27,9 @@ def compile_releasing(source: str, filename: str) -> CodeType:
     later = set(_NAMES.findall("\n".join(lines[end:])))
     following = end
     for index in reversed(assignments):
-        ending = [name for name in dict.fromkeys(_NAMES.findall(lines[index])) if name in assigned and name not in later]
+        ending = [
+            name for name in dict.fromkeys(_NAMES.findall(lines[index])) if name in assigned and name not in later
+        ]
         if ending:
             lines[following] = f"    del {', '.join(ending)}; {lines[following].lstrip()}"
         later.update(ending)

@@ -36,7 +36,7 @@ def functionalize(program: Program) -> Program:
                                                   return (select_scatter,)
     """
     if not any(map(_is_pending, program.graph.nodes)):
-        return program.copy(stage="functional")
+        return replace(program, stage="functional")
     return _Rewrite(program).run()
 
 
