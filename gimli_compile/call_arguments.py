@@ -5,7 +5,7 @@ torch's pytrees take any container, and take their time over it: most of a trace
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,39 +18,43 @@ _LEAVES = frozenset(
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """Returns the tensors among nested arguments, in order."""
-    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
+    found: list[torch.Tensor] = []
+    _collect(value, torch.Tensor, found)
+    return found
 
 
 def holds(value: Any, kind: type | tuple[type, ...]) -> bool:
     """Tells whether something of a kind is among nested arguments."""
-    return any(isinstance(leaf, kind) for leaf in _leaves(value))
+    found: list[Any] = []
+    _collect(value, kind, found)
+    return bool(found)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    kind = type(value)
-    if kind in _LEAVES or isinstance(value, torch.Tensor):
-        yield value
-    elif kind is tuple or kind is list:
+def _collect(value: Any, kind: type | tuple[type, ...], found: list[Any]) -> None:
+    form = type(value)
+    if isinstance(value, kind):
+        found.append(value)
+    elif form is tuple or form is list:
         for item in value:
-            yield from _leaves(item)
-    elif kind is dict:
+            _collect(item, kind, found)
+    elif form is dict:
         for item in value.values():
-            yield from _leaves(item)
-    else:
-        yield from tree_leaves(value)
+            _collect(item, kind, found)
+    elif form not in _LEAVES and not isinstance(value, torch.Tensor):
+        found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, kind)]
 
 
 def map_tensors(value: Any, convert: Callable[[torch.Tensor], Any]) -> Any:
     """Returns nested arguments with what `convert` gives for each tensor."""
-    kind = type(value)
+    form = type(value)
     if isinstance(value, torch.Tensor):
         return convert(value)
-    if kind in _LEAVES:
+    if form in _LEAVES:
         return value
-    if kind is tuple:
-        return tuple(map_tensors(item, convert) for item in value)
-    if kind is list:
+    if form is tuple:
+        return tuple([map_tensors(item, convert) for item in value])
+    if form is list:
         return [map_tensors(item, convert) for item in value]
-    if kind is dict:
+    if form is dict:
         return {key: map_tensors(item, convert) for key, item in value.items()}
     return tree_map_only(torch.Tensor, convert, value)

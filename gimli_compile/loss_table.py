@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gimli_compile.collecting import rare_collections
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient
@@ -146,6 +147,7 @@ class LossTable:
                 rewind(before)
         raise _unsettled(self.title)
 
+    @rare_collections()
     def _capture_forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Forward:
         params, buffers, args, kwargs = representatives((params, buffers, args, kwargs))
         with outside_transforms(), torch.random.fork_rng():
@@ -209,6 +211,7 @@ class LossTable:
         """Returns the names of the buffers that carry derivatives from one step to the next, in any captured loss."""
         return frozenset().union(*(gradient.carried_buffers for gradient in self.all_gradients))
 
+    @rare_collections()
     def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
         assert self.loss_fn is not None
         params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))

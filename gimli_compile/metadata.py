@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from gimli_compile.call_arguments import tensors_of
+from gimli_compile.graph_nodes import add_node
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -84,7 +85,7 @@ def insert_call(
 ) -> fx.Node:
     """Adds a call to a graph at its insertion point, with inferred value and the source line of what it replaces."""
     kwargs = kwargs or {}
-    node = graph.create_node("call_function", target, tuple(args), kwargs, name=name or operator_name(target))
+    node = add_node(graph, "call_function", target, tuple(args), kwargs, name=name or operator_name(target))
     node.meta["val"] = infer(target, node.args, node.kwargs)
     node.meta["source"] = like.meta.get("source")
     return node

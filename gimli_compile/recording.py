@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.call_arguments import map_tensors, tensors_of
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
+from gimli_compile.graph_nodes import add_node
 from gimli_compile.metadata import fake_like, operator_name, storage_of, written_tensors
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
@@ -251,7 +252,7 @@ class Recorder(TorchDispatchMode):
 
     def add_call(self, func: Any, args: Any, kwargs: Any, out: Any, *, override: bool = False) -> None:
         """Adds the node of a call and ties its results to it; known results (in-place) stay tied unless `override`."""
-        node = self.graph.create_node("call_function", func, args, kwargs, name=operator_name(func))
+        node = add_node(self.graph, "call_function", func, args, kwargs, name=operator_name(func))
         node.meta.update(source=self._source(), stop=self._stops_gradient() and not override)
         if isinstance(out, torch.Tensor):
             node.meta["val"] = fake_like(out)
@@ -260,7 +261,7 @@ class Recorder(TorchDispatchMode):
         node.meta["val"] = tuple(fake_like(item) if isinstance(item, torch.Tensor) else item for item in out)
         for index, item in enumerate(out):
             if isinstance(item, torch.Tensor) and (override or not self.knows(item)):
-                part = self.graph.create_node("call_function", operator.getitem, (node, index), name=node.name)
+                part = add_node(self.graph, "call_function", operator.getitem, (node, index), {}, name=node.name)
                 part.meta.update(node.meta, val=node.meta["val"][index])
                 self._tie(item, part, override)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from gimli_compile.graph_nodes import copy_node
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 
@@ -41,8 +42,7 @@ def compute_only(program: Program, keep: Sequence[int], *, dropping: tuple[Role,
     env: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node in kept or (node in live and node.op != "placeholder"):
-            copied = env[node] = graph.node_copy(node, env.__getitem__)
-            copied.meta = dict(node.meta)
+            env[node] = copy_node(graph, node, env.__getitem__)
     graph.output(tuple(env[node] for node in wanted))
     return replace(
         _with_inputs(program, kept.values()), graph=graph, results=tuple(program.results[index] for index in keep)

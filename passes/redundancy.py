@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from gimli_compile.graph_nodes import copy_node
 from gimli_compile.metadata import frozen
 from gimli_compile.program import Program
 
@@ -28,7 +29,6 @@ def merge_common_subexpressions(program: Program) -> Program:
             args, kwargs = (frozen(part, env.__getitem__) for part in (node.args, node.kwargs))
             key = (node.target, args, kwargs, node.meta.get("stop", False))
         if key not in first:
-            first[key] = graph.node_copy(node, env.__getitem__)
-            first[key].meta = dict(node.meta)
+            first[key] = copy_node(graph, node, env.__getitem__)
         env[node] = first[key]
     return program if len(graph.nodes) == len(program.graph.nodes) else replace(program, graph=graph)
