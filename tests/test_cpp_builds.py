@@ -32,7 +32,12 @@ torch.testing.assert_close(again([x.clone()])[0], x.cos() * 2 + x.exp())
 
 def test_the_first_call_waits():
     done = threading.Event()
-    pending = Pending(lambda: done.wait(60) and (lambda *handles: sum(handles)), again=lambda: None)
+
+    def wait():
+        assert done.wait(60)
+        return lambda *handles: sum(handles)
+
+    pending = Pending(wait, again=wait)
     found = []
     caller = threading.Thread(target=lambda: found.append(pending(1, 2)))
     caller.start()
