@@ -1,5 +1,6 @@
 """Machine code that is made while Python goes on, and what is taken for granted of the compiler that makes it."""
 
+import multiprocessing
 import os
 import shutil
 import stat
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import pytest
 import torch
 from torch._inductor.codecache import CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import VecISA
@@ -62,6 +64,35 @@ def test_a_build_that_fails_is_made_again():
     pending = Pending(fail, again)
     assert pending(1) == 2 and pending(2) == 3
     assert calls == ["first", "again"]
+
+
+def test_a_build_that_fails_with_no_other_is_told():
+    def fail():
+        raise RuntimeError("out of disk")
+
+    with pytest.raises(RuntimeError, match="out of disk"):
+        Pending(fail, lambda: None)(1)
+
+
+def built(number):
+    """Compiles and runs what no cache has."""
+    program = compile_with_inductor(trace(lambda x: [x * number + 1], [torch.ones(3)]))
+    return program([torch.ones(3)])[0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_builds_with_threads_of_its_own():
+    number = time.time_ns() % 2**20
+    assert built(number) == [number + 1.0] * 3
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(built(number + 1)))
+    child.start()
+    try:
+        assert queue.get(timeout=120) == [number + 2.0] * 3
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_inductor_is_left_as_it_was():

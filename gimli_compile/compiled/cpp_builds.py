@@ -20,7 +20,7 @@ _ASKED = (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX512VNNI, cpu_vec_isa.VecAMX)
 class Pending:
     """The entry point of a program whose machine code is being made; its first call waits."""
 
-    def __init__(self, wait: Callable[[], Entry], again: Callable[[], Entry]) -> None:
+    def __init__(self, wait: Callable[[], Entry], again: Callable[[], Entry | None]) -> None:
         self._wait = wait
         self._again = again
         self._entry: Entry = self._first
@@ -33,17 +33,20 @@ class Pending:
         try:
             self._entry = self._wait()
         except Exception:  # of the compiler, which may not know what was taken for granted
-            self._entry = self._again()
+            made = self._again()
+            if made is None:
+                raise
+            self._entry = made
         return self._entry(*handles)
 
 
 @contextmanager
-def built_beside(again: Callable[[], Entry]) -> Iterator[None]:
+def built_beside(again: Callable[[], Entry | None]) -> Iterator[None]:
     """Lets Inductor leave its C++ compiler running when it is done: who calls the program first waits for it.
 
     Inductor tries, for each set of vector instructions that the CPU has, whether the compiler knows it: eight runs of
     compiler and interpreter before the first program. Inside, that is taken for granted; where a build then fails,
-    `again` makes another entry point.
+    `again` makes another entry point, or None if there is no other.
     """
 
     def load(*args: Any, **options: Any) -> Pending:
@@ -87,3 +90,7 @@ def built_at_once(entries: list[Entry]) -> Iterator[None]:
 def _pool() -> ThreadPoolExecutor:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ThreadPoolExecutor(cores, thread_name_prefix="gimli_compile C++")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads stay with the parent
