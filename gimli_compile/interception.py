@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gimli_compile.aliases import ALIAS_HANDLERS
+from gimli_compile.call_arguments import holds
 from gimli_compile.concolic import IntNumber, Number, bake, number_of
 from gimli_compile.embedding_rules import EMBEDDING_HANDLERS
 from gimli_compile.errors import CaptureError, compose_message
@@ -235,7 +236,7 @@ def _new_tensor(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.tensor(data)` and its kin, when the data holds numbers or traced tensors."""
     is_method = func is Tensor.new_tensor
     data = args[1] if is_method else (args[0] if args else kwargs["data"])
-    if isinstance(data, Tensor) or not any(isinstance(leaf, (Number, Tensor)) for leaf in tree_leaves(data)):
+    if isinstance(data, Tensor) or not holds(data, (Number, Tensor)):
         return func(*args, **kwargs)
     options = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
     if is_method:
@@ -326,7 +327,7 @@ def _normal(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _has_numbers(args: Any, kwargs: Any) -> bool:
-    return tree_any(lambda leaf: isinstance(leaf, Number), (args, kwargs))
+    return holds((args, kwargs), Number)
 
 
 def _plain_only(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:

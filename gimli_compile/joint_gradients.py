@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gimli_compile.collecting import rare_collections
 from gimli_compile.errors import CaptureError
 from gimli_compile.forward_derivatives import Values, push_forward
 from gimli_compile.joint_capture import CURE, capture_joint, gradient_slot, no_gradient_field
@@ -59,6 +60,7 @@ class JointGradients:
                 return _by_input(wanted, results), _by_input(wanted, tangents) if along else {}
         raise CaptureError(f"the branches of {self.losses.title} come out otherwise than when the step ran. {CURE}")
 
+    @rare_collections()
     def _capture(
         self, state: TrainState, batch: Any, meta: Any, wanted: tuple[Slot, ...], values: Values, draws: Values
     ) -> Captured:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from gimli_compile.collecting import rare_collections
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
-from gimli_compile.passes.liveness import compute_only, eliminate_dead_code, restrict_results
+from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.records import opened
@@ -37,7 +38,7 @@ class Gradient:
     def buffers(self) -> Program:
         """The part of the program that makes the new buffers, and the conditions."""
         keep = [i for i, slot in enumerate(self.exact.results) if slot.role in (Role.BUFFER, Role.GUARD)]
-        return eliminate_dead_code(restrict_results(self.exact, keep))
+        return compute_only(self.exact, keep, dropping=(Role.CONSTANT,))
 
     @cached_property
     def carried_buffers(self) -> frozenset[str]:
@@ -146,6 +147,7 @@ class LossTable:
                 rewind(before)
         raise _unsettled(self.title)
 
+    @rare_collections()
     def _capture_forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Forward:
         params, buffers, args, kwargs = representatives((params, buffers, args, kwargs))
         with outside_transforms(), torch.random.fork_rng():
@@ -209,6 +211,7 @@ class LossTable:
         """Returns the names of the buffers that carry derivatives from one step to the next, in any captured loss."""
         return frozenset().union(*(gradient.carried_buffers for gradient in self.all_gradients))
 
+    @rare_collections()
     def _capture_gradient(self, state: TrainState, batch: Any, meta: Any, trained: list[str]) -> Gradient:
         assert self.loss_fn is not None
         params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))

@@ -14,6 +14,7 @@ from torch import fx
 
 from gimli_compile import drawing
 from gimli_compile.forward_refusals import refusal_of
+from gimli_compile.graph_nodes import copy_node
 from gimli_compile.metadata import operator_name
 from gimli_compile.printing import print_program, run_namespace
 from gimli_compile.release import compile_releasing
@@ -139,13 +140,16 @@ class Program:
         """Returns the node that a result slot returns."""
         return self.returned[self.results.index(slot)]
 
+    def calls(self, *targets: Any) -> bool:
+        """Tells whether some node calls one of these targets."""
+        return any(self.graph.find_nodes(op="call_function", target=target) for target in targets)
+
     def copy(self, **changes: Any) -> Program:
         """Returns a copy with a graph of its own, node names and meta kept, and the fields of `changes` replaced."""
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            copied = env[node] = graph.node_copy(node, env.__getitem__)
-            copied.meta = dict(node.meta)
+            env[node] = copy_node(graph, node, env.__getitem__)
         return replace(self, graph=graph, **changes)
 
     def tidied(self) -> Program:
@@ -159,17 +163,17 @@ class Program:
         for node in self.graph.nodes:
             if node.op == "call_function" and node not in live:
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             name = operator_name(node.target) if node.op == "call_function" else node.name
-            env[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)
-            env[node].meta = dict(node.meta)
+            env[node] = copy_node(graph, node, env.__getitem__, name=name)
         return replace(self, graph=graph)
 
 
 def apply_passes(program: Program, passes: Sequence[Pass], check: Callable[[Program], None]) -> Program:
-    """Applies `passes` in order and checks the program after each."""
+    """Applies `passes` in order and checks the program after each that changed it."""
     check(program)
     for transform in passes:
-        program = transform(program)
-        check(program)
+        made = transform(program)
+        if made is not program:
+            check(made)
+        program = made
     return program

@@ -13,11 +13,12 @@ import torch
 from torch import fx
 from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.aliases import refuse_hidden
+from gimli_compile.call_arguments import map_tensors, tensors_of
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
+from gimli_compile.graph_nodes import add_node
 from gimli_compile.metadata import fake_like, operator_name, storage_of, written_tensors
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
@@ -222,12 +223,12 @@ class Recorder(TorchDispatchMode):
         return tensor
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_of((args, kwargs))
         reach = 0
         for tensor in tensors:
             reach |= self.reach(tensor)
         self._refuse(func, args, kwargs, reach)
-        node_args, node_kwargs = tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
+        node_args, node_kwargs = map_tensors((args, kwargs), self.node_of)
         shared = {storage_of(tensor) for tensor in tensors}
         out = func(*args, **kwargs)
         self._spread(written_tensors(func, args, kwargs), out, shared, 0 if func in _OF_FORM else reach)
@@ -246,15 +247,15 @@ class Recorder(TorchDispatchMode):
 
     def _spread(self, written: list[torch.Tensor], out: Any, shared: set[Any], reach: int) -> None:
         """Notes what the results, and what an in-place operator wrote to, depend on: by storage, for views to know."""
-        for item in tree_leaves(out):
-            if isinstance(item, torch.Tensor) and storage_of(item) not in shared:
+        for item in tensors_of(out):
+            if storage_of(item) not in shared:
                 self._reach[storage_of(item)] = reach
         for tensor in written:
             self._reach[storage_of(tensor)] = self._reach.get(storage_of(tensor), 0) | reach
 
     def add_call(self, func: Any, args: Any, kwargs: Any, out: Any, *, override: bool = False) -> None:
         """Adds the node of a call and ties its results to it; known results (in-place) stay tied unless `override`."""
-        node = self.graph.create_node("call_function", func, args, kwargs, name=operator_name(func))
+        node = add_node(self.graph, "call_function", func, args, kwargs, name=operator_name(func))
         node.meta.update(source=self._source(), stop=self._stops_gradient() and not override)
         if isinstance(out, torch.Tensor):
             node.meta["val"] = fake_like(out)
@@ -263,7 +264,7 @@ class Recorder(TorchDispatchMode):
         node.meta["val"] = tuple(fake_like(item) if isinstance(item, torch.Tensor) else item for item in out)
         for index, item in enumerate(out):
             if isinstance(item, torch.Tensor) and (override or not self.knows(item)):
-                part = self.graph.create_node("call_function", operator.getitem, (node, index), name=node.name)
+                part = add_node(self.graph, "call_function", operator.getitem, (node, index), {}, name=node.name)
                 part.meta.update(node.meta, val=node.meta["val"][index])
                 self._tie(item, part, override)
 
@@ -337,7 +338,7 @@ class Recorder(TorchDispatchMode):
     # ------------------------------------------------------------------ randomness
 
     def _record_draw(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_of((args, kwargs))
         if depends_on_values(func):
             self._pin_distribution(func, tensors)
         draw = make_draw(func, args, kwargs)

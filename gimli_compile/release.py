@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from types import CodeType
+
+_NAMES = re.compile(r"(?<![\w.])[^\W\d]\w*(?![\w=])")  # of values: neither attributes nor keywords
+_ASSIGNMENT = re.compile(r"    (\w+) = ")
 
 
 def compile_releasing(source: str, filename: str) -> CodeType:
     """Compiles the source of one straight-line function; each name that it assigns is forgotten after its last use.
 
-    A function keeps its local variables until it returns: every value of a program would live to its end.
+    A function keeps its local variables until it returns: every value of a program would live to its end. The function
+    has one assignment a line, and ends with its only `return`. Lines keep their numbers, which errors show.
+
+        a = sin(x)                       a = sin(x)
+        b = cos(a)        becomes        b = cos(a)
+        c = tan(b)                       del a; c = tan(b)
+        return (c,)                      del b; return (c,)
     """
-    module = ast.parse(source, filename)
-    function = module.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    last: dict[str, ast.stmt] = {}
-    for statement in function.body:
-        last.update((node.id, statement) for node in ast.walk(statement) if isinstance(node, ast.Name))
-    assigned = [target.id for statement in function.body for target in _targets(statement)]
-    ending: dict[ast.stmt, list[str]] = {}
-    for name in dict.fromkeys(assigned):
-        ending.setdefault(last[name], []).append(name)
-    function.body = [part for statement in function.body for part in _with_release(statement, ending)]
-    ast.fix_missing_locations(module)
-    return compile(module, filename, "exec")
-
-
-def _targets(statement: ast.stmt) -> list[ast.Name]:
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
-    return [target for target in targets if isinstance(target, ast.Name)]
-
-
-def _with_release(statement: ast.stmt, ending: dict[ast.stmt, list[str]]) -> list[ast.stmt]:
-    names = ending.get(statement, [])
-    if not names or isinstance(statement, ast.Return):
-        return [statement]
-    release = ast.Delete([ast.Name(name, ast.Del()) for name in names])
-    return [statement, ast.copy_location(release, statement)]
+    lines = source.split("\n")
+    end = next(index for index, line in enumerate(lines) if line.startswith("    return"))
+    assignments = {index: found[1] for index in range(end) if (found := _ASSIGNMENT.match(lines[index]))}
+    assigned = set(assignments.values())
+    later = set(_NAMES.findall("\n".join(lines[end:])))
+    following = end
+    for index in reversed(assignments):
+        ending = [
+            name for name in dict.fromkeys(_NAMES.findall(lines[index])) if name in assigned and name not in later
+        ]
+        if ending:
+            lines[following] = f"    del {', '.join(ending)}; {lines[following].lstrip()}"
+        later.update(ending)
+        following = index
+    return compile("\n".join(lines), filename, "exec")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gimli_compile.call_arguments import tensors_of
 from gimli_compile.concolic import IntNumber, Number, bake, plain
 from gimli_compile.provenance import current_source
 from gimli_compile.recording import Baked
@@ -81,7 +82,7 @@ def operand(number: Number | Tensor, like: Tensor) -> Tensor:
 
 
 def _floating_operand(args: Any, kwargs: Any) -> Tensor | None:
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = tensors_of((args, kwargs))
     tensors.sort(key=lambda tensor: (tensor.is_floating_point(), tensor.dim() > 0), reverse=True)
     return tensors[0] if tensors else None
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gimli_compile.call_arguments import tensors_of
 from gimli_compile.passes.masked_form import is_elementwise, is_reduction
 from gimli_compile.refusals import number_for_each
 
@@ -106,7 +107,7 @@ class Extents:
 
     def refuse_each(self, func: Any, args: Any, kwargs: Any, is_each: Callable[[torch.Tensor], bool]) -> None:
         """Refuses numbers that are one for each element of a parameter where there are selected elements only."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_of((args, kwargs))
         if _is_write(func):
             written = args[2] if any(map(_is_mask, tree_leaves(args[1]))) else None
             meeting = isinstance(written, torch.Tensor) and bool(written.dim()) and is_each(written)

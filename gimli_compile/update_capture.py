@@ -22,7 +22,6 @@ from gimli_compile.lookups import answering
 from gimli_compile.metadata import storage_of
 from gimli_compile.optimizer_view import OptimizerView, as_declared, as_leaf, plain_value
 from gimli_compile.owned_generators import draws_refused
-from gimli_compile.passes.liveness import drop_unused_inputs, restrict_results
 from gimli_compile.pipeline import UPDATE_PASSES, lower
 from gimli_compile.program import Pass, Program
 from gimli_compile.provenance import SourceLine
@@ -234,18 +233,19 @@ def _finish(
     after: dict[Any, Condition] = {}
     ancestry = ancestors(program)
     slot_of = dict(zip(program.placeholders, program.inputs, strict=True))
-    drop = set()
+    drop: set[Slot] = set()
+    returned = dict(zip(program.results, program.returned, strict=True))
     for slot, outcome in conditions:
-        node = program.result_of(slot)
+        node = returned[slot]
         leaves = ancestry[node]
         found = after if any(_is_data(leaf, slot_of[leaf]) for leaf in leaves) else before
         if not leaves or (node, outcome) in found:
             drop.add(slot)
             continue
         found[node, outcome] = Condition(slot, outcome, expression(node), node.meta.get("fixed", False))
-    kept = [index for index, slot in enumerate(program.results) if slot not in drop and not _is_same(program, slot)]
-    main, decide = split_guards(restrict_results(program, kept), list(before.values()))
-    main = _titled(drop_unused_inputs(main, roles=(Role.HYPER,)))
+    drop |= {slot for slot, node in returned.items() if node in slot_of and _is_same(program, slot, slot_of[node])}
+    main, decide = split_guards(program, before.values(), drop)
+    main = _titled(main)
     return UpdateVariant(
         main,
         outputs.skeleton,
@@ -269,12 +269,10 @@ def _titled(program: Program) -> Program:
     return replace(program, title=f"{program.title}: {text}")
 
 
-def _is_same(program: Program, slot: Slot) -> bool:
+def _is_same(program: Program, slot: Slot, given: Slot) -> bool:
     """Tells whether a result is a hyperparameter, or a tensor of a frozen part of the model, that stayed as it was."""
-    node = program.result_of(slot) if slot.role in CARRIED and slot.role not in HELD else None
-    if node is None or node.op != "placeholder":
+    if slot.role not in CARRIED or slot.role in HELD:
         return False
-    given = program.inputs[program.placeholders.index(node)]
     if slot.role is Role.STATE:
         return given == Slot(Role.HYPER, slot.path)
     return given == slot and program.name == "step"

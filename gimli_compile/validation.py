@@ -7,7 +7,7 @@ number changes. So each number is changed a little, and both run: what differs i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +46,8 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     if any(value.dim() and leaf.kind != "tensor" for leaf, value in _leaf_values(inputs)):
         return variant  # eager has no step with a number for each element; the program is that of the plain number
     expected = eager_results(view, inputs)
-    found = _differing(variant, inputs, expected)
+    parts = _in_parts(variant.program)
+    found = _differing(variant, parts, inputs, expected)
     if found:
         found = _beyond_rounding(view, inputs, variant, expected, found)
     if found:
@@ -54,9 +55,9 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     numbers = _numbers(variant, inputs)
     base = {slot: sampled(value) for slot, value in expected.items()}
     del expected
-    if not numbers or not _escaped(view, inputs, variant, numbers, base):
+    if not numbers or not _escaped(view, inputs, variant, parts, numbers, base):
         return variant
-    escaped = [slot for slot in numbers if _escaped(view, inputs, variant, [slot], base)]
+    escaped = [slot for slot in numbers if _escaped(view, inputs, variant, parts, [slot], base)]
     values = inputs.by_slot()
     pins = dict(variant.pins)
     baked = list(variant.baked)
@@ -86,7 +87,7 @@ def reproduces(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant
     results = zip(variant.program.results, variant.program.returned, strict=True)
     counts = {slot for slot, node in results if smooth and not node.meta["val"].is_floating_point()}
     expected = {slot: value for slot, value in touched.items() if slot not in counts}
-    found = _differing(variant, inputs, expected)
+    found = _differing(variant, _in_parts(variant.program), inputs, expected)
     return not (found and _beyond_rounding(view, inputs, variant, expected, found))
 
 
@@ -120,19 +121,20 @@ def program_results(variant: UpdateVariant, inputs: UpdateInputs) -> dict[Slot, 
     return _run(variant.program, inputs)
 
 
-def _run(program: Program, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
+def _run(
+    program: Program, inputs: UpdateInputs, values: Mapping[Slot, torch.Tensor] | None = None
+) -> dict[Slot, torch.Tensor]:
+    """Runs a program; `values` are those of the inputs, if the caller knows them."""
     with generators_forked(), generators_kept(inputs.opt_state.skeleton), torch.no_grad():
-        return program(inputs.by_slot())
+        return program(inputs.by_slot() if values is None else values)
 
 
-def _results_in_parts(variant: UpdateVariant, inputs: UpdateInputs) -> Iterator[dict[Slot, torch.Tensor]]:
-    """Yields all results, large ones in several runs; the conditions on tensor values are in the first."""
-    program = variant.program
+def _in_parts(program: Program) -> list[Program]:
+    """Returns programs of a few results each for one whose results are large: the first computes all conditions."""
     sizes = [node.meta["val"].nbytes for node in program.returned]
     limit = max(_SMALL, sum(sizes) // _PARTS)
     if sum(sizes) <= limit:
-        yield _run(program, inputs)
-        return
+        return [program]
     guards = [index for index, slot in enumerate(program.results) if slot.role is Role.GUARD]
     parts, size = [guards], 0
     for index in range(len(sizes)):
@@ -142,16 +144,19 @@ def _results_in_parts(variant: UpdateVariant, inputs: UpdateInputs) -> Iterator[
         if index not in guards:
             parts[-1].append(index)
             size += sizes[index]
-    for part in parts:
-        yield _run(compute_only(program, part), inputs)
+    every = tuple(role for role in Role if role is not Role.NOISE)  # each part makes all draws, as the step does
+    return [compute_only(program, part, dropping=every) for part in parts]
 
 
-def _differing(variant: UpdateVariant, inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]) -> list[Slot]:
+def _differing(
+    variant: UpdateVariant, parts: list[Program], inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]
+) -> list[Slot]:
     eps = _coarsest(variant)
+    values = inputs.by_slot()
     return [
         slot
-        for results in _results_in_parts(variant, inputs)
-        for slot, value in results.items()
+        for part in parts
+        for slot, value in _run(part, inputs, values).items()
         if slot in expected and not close(value, expected[slot], eps)
     ]
 
@@ -228,12 +233,14 @@ def _escaped(
     view: OptimizerView,
     inputs: UpdateInputs,
     variant: UpdateVariant,
+    parts: list[Program],
     slots: Iterable[Slot],
     base: Mapping[Slot, torch.Tensor],
 ) -> bool:
     """Tells whether eager and program part when these numbers change; `base` are samples of eager's results before."""
     changed = perturbed(inputs, set(slots))
-    if not variant.holds(changed.by_slot()):
+    values = changed.by_slot()
+    if not variant.holds(values):
         return False
     try:
         expected = eager_results(view, changed)
@@ -241,7 +248,8 @@ def _escaped(
         return False
     found: list[Slot] = []
     eps = _coarsest(variant)
-    for index, results in enumerate(_results_in_parts(variant, changed)):
+    for index, part in enumerate(parts):
+        results = _run(part, changed, values)
         if index == 0 and not variant.held(results):
             return False
         for slot in results.keys() & expected.keys() & base.keys():

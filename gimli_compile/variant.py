@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import torch
 
 from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.passes.differentiability import check_derivatives
-from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
+from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
 from gimli_compile.recording import HOST_DRAW, Baked
@@ -119,16 +119,20 @@ def _is_pinned(value: torch.Tensor, pin: float) -> bool:
     return is_everywhere(value == pin, True)
 
 
-def split_guards(program: Program, before: list[Condition]) -> tuple[Program, Program | None]:
-    """Returns the program without the conditions that are decided before it runs, and the program that decides them."""
+def split_guards(
+    program: Program, before: Collection[Condition], without: Collection[Slot] = ()
+) -> tuple[Program, Program | None]:
+    """Returns the program without the conditions that are decided before it runs, and the program that decides them.
+
+    `without` are results of neither. Hyperparameters and constants that a program does not need are no inputs of it.
+    """
     decided = {condition.slot for condition in before}
-    keep = [index for index, slot in enumerate(program.results) if slot not in decided]
-    main = eliminate_dead_code(restrict_results(program, keep))
+    main = [index for index, slot in enumerate(program.results) if slot not in decided and slot not in without]
+    made = compute_only(program, main, dropping=(Role.CONSTANT, Role.HYPER))
     if not before:
-        return main, None
-    indices = [index for index, slot in enumerate(program.results) if slot in decided]
-    decide = drop_unused_inputs(eliminate_dead_code(restrict_results(program, indices)))
-    return main, decide
+        return made, None
+    conditions = [index for index, slot in enumerate(program.results) if slot in decided]
+    return made, compute_only(program, conditions, dropping=tuple(Role))
 
 
 def result_paths(program: Program, role: Role) -> dict[str, Slot]:

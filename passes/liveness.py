@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import fx
 
+from gimli_compile.graph_nodes import copy_node
 from gimli_compile.program import Program
-from gimli_compile.slot import Role
+from gimli_compile.slot import Role, Slot
 
 
 def eliminate_dead_code(program: Program) -> Program:
@@ -19,55 +21,48 @@ def eliminate_dead_code(program: Program) -> Program:
         b = aten.cos(x)      becomes      a = aten.sin(x)
         return (a,)                       return (a,)
     """
-    copied = program.copy()
-    for node in reversed(list(copied.graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            copied.graph.erase_node(node)
-    kept = []
-    for slot, node in zip(copied.inputs, copied.placeholders, strict=True):
-        if slot.role is Role.CONSTANT and not node.users:
-            copied.graph.erase_node(node)
-        else:
-            kept.append(slot)
-    constants = {slot: value for slot, value in copied.constants.items() if slot in kept}
-    return replace(copied, inputs=tuple(kept), constants=constants)
+    live = _needed(program.returned)
+    slots = zip(program.inputs, program.placeholders, strict=True)
+    unused = any(slot.role is Role.CONSTANT and node not in live for slot, node in slots)
+    if not unused and all(node in live for node in program.graph.nodes if node.op == "call_function"):
+        return program
+    return compute_only(program, range(len(program.results)), dropping=(Role.CONSTANT,))
 
 
-def restrict_results(program: Program, keep: list[int]) -> Program:
-    """Returns the program that computes only the results at these positions; calls that only others need stay."""
-    copied = program.copy()
-    output = copied.output
-    returned = copied.returned
-    output.args = (tuple(returned[index] for index in keep),)
-    return replace(copied, results=tuple(program.results[index] for index in keep))
+def compute_only(program: Program, keep: Sequence[int], *, dropping: tuple[Role, ...] = ()) -> Program:
+    """Returns the program of the results at these positions: small for few results of a large one.
 
-
-def compute_only(program: Program, keep: list[int]) -> Program:
-    """Returns the program of the results at these positions, with all inputs: small for few results of a large one."""
+    It has all inputs but those of the roles `dropping` that these results do not need.
+    """
     wanted = [program.returned[index] for index in keep]
-    live, pending = set(wanted), list(wanted)
-    while pending:
-        new = [argument for argument in pending.pop().all_input_nodes if argument not in live]
-        live.update(new)
-        pending.extend(new)
+    live = _needed(wanted)
+    slots = zip(program.inputs, program.placeholders, strict=True)
+    kept = {node: slot for slot, node in slots if node in live or slot.role not in dropping}
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        if node in live or node.op == "placeholder":
-            env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
+        if node in kept or (node in live and node.op != "placeholder"):
+            env[node] = copy_node(graph, node, env.__getitem__)
     graph.output(tuple(env[node] for node in wanted))
-    return replace(program, graph=graph, results=tuple(program.results[index] for index in keep))
+    return replace(
+        _with_inputs(program, kept.values()), graph=graph, results=tuple(program.results[index] for index in keep)
+    )
 
 
-def drop_unused_inputs(program: Program, *, roles: tuple[Role, ...] = tuple(Role)) -> Program:
-    """Removes inputs of some roles that nothing uses. All roles: for programs that only decide, such as guards."""
-    copied = program.copy()
-    kept = []
-    for slot, node in zip(copied.inputs, copied.placeholders, strict=True):
-        if node.users or slot.role not in roles:
-            kept.append(slot)
-        else:
-            copied.graph.erase_node(node)
-    draws = {slot: draw for slot, draw in copied.draws.items() if slot in kept}
-    return replace(copied, inputs=tuple(kept), draws=draws)
+def _needed(wanted: Iterable[fx.Node]) -> set[fx.Node]:
+    """Returns the nodes that these depend on, themselves included."""
+    pending = list(wanted)
+    needed = set(pending)
+    while pending:
+        new = [argument for argument in pending.pop().all_input_nodes if argument not in needed]
+        needed.update(new)
+        pending.extend(new)
+    return needed
+
+
+def _with_inputs(program: Program, kept: Iterable[Slot]) -> Program:
+    """Returns a program of the same graph that names only these inputs."""
+    inputs = dict.fromkeys(kept)
+    constants = {slot: value for slot, value in program.constants.items() if slot in inputs}
+    draws = {slot: draw for slot, draw in program.draws.items() if slot in inputs}
+    return replace(program, inputs=tuple(inputs), constants=constants, draws=draws)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.graph_nodes import copy_node
 from gimli_compile.metadata import arguments_of, insert_call
 from gimli_compile.passes.view_inverses import View, put_back
 from gimli_compile.program import Program
@@ -37,7 +38,7 @@ def functionalize(program: Program) -> Program:
                                                   return (select_scatter,)
     """
     if not any(map(_is_pending, program.graph.nodes)):
-        return program.copy(stage="functional")
+        return replace(program, stage="functional")
     return _Rewrite(program).run()
 
 
@@ -91,8 +92,7 @@ class _Rewrite:
     # ------------------------------------------------------------------ values
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        copied = self.graph.node_copy(node, self.read)
-        copied.meta = dict(node.meta)
+        copied = copy_node(self.graph, node, self.read)
         if node.target is not aten.detach.default:
             copied.meta["stop"] = False
         return copied
@@ -216,8 +216,7 @@ class _Rewrite:
         if isinstance(made, dict):  # an operator that also wrote to its arguments
             self.aliases[node] = made[index]
             return
-        part = self.graph.node_copy(node, lambda _: made)
-        part.meta = dict(node.meta)
+        part = copy_node(self.graph, node, lambda _: made)
         self._own(node, self._stopped(part, node) if node.meta.get("stop") else part)
 
     def _call_view(self, node: fx.Node) -> None:

@@ -25,6 +25,8 @@ def write_out_normalization(program: Program) -> Program:
     becomes, with xhat = (x - mean(x)) * rsqrt(var(x) + eps) and h = g * weight,
         grads = (rsqrt(var(x) + eps) * (h - mean(h) - xhat * mean(h * xhat)), sum(g * xhat), sum(g))
     """
+    if not program.calls(*_WRITTEN_OUT):
+        return program
     copied = program.copy()
     for node in list(copied.graph.nodes):
         write_out = _WRITTEN_OUT.get(node.target)

@@ -14,6 +14,8 @@ def use_real_signs(program: Program) -> Program:
 
     sgn = aten.sgn.default(x)     becomes     sgn = aten.sign.default(x)
     """
+    if not program.calls(aten.sgn.default):
+        return program
     copied = program.copy()
     for node in copied.graph.nodes:
         if node.target is aten.sgn.default and not node.meta["val"].is_complex():

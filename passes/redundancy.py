@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
+from gimli_compile.graph_nodes import copy_node
+from gimli_compile.metadata import frozen
 from gimli_compile.program import Program
 
 
@@ -17,27 +20,15 @@ def merge_common_subexpressions(program: Program) -> Program:
     c = aten.add(a, b)                return (c,)
     return (c,)
     """
-    copied = program.copy()
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     first: dict[Any, fx.Node] = {}
-    for node in list(copied.graph.nodes):
-        if node.op != "call_function":
-            continue
-        key = (node.target, _freeze(node.args), _freeze(node.kwargs), node.meta.get("stop", False))
-        known = first.setdefault(key, node)
-        if known is not node:
-            node.replace_all_uses_with(known)
-            copied.graph.erase_node(node)
-    return copied
-
-
-def _freeze(value: Any) -> Any:
-    """Returns a hashable form in which 1, 1.0 and True, and 0.0 and -0.0, differ."""
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *map(_freeze, value))
-    if isinstance(value, dict):
-        return tuple((key, _freeze(item)) for key, item in value.items())
-    if isinstance(value, slice):
-        return ("slice", _freeze(value.start), _freeze(value.stop), _freeze(value.step))
-    if isinstance(value, fx.Node):
-        return value
-    return (type(value).__name__, repr(value) if isinstance(value, float) else value)
+    for node in program.graph.nodes:
+        key = node
+        if node.op == "call_function":
+            args, kwargs = (frozen(part, env.__getitem__) for part in (node.args, node.kwargs))
+            key = (node.target, args, kwargs, node.meta.get("stop", False))
+        if key not in first:
+            first[key] = copy_node(graph, node, env.__getitem__)
+        env[node] = first[key]
+    return program if len(graph.nodes) == len(program.graph.nodes) else replace(program, graph=graph)

@@ -11,6 +11,7 @@ from gimli_compile.metadata import arguments_of, insert_call
 from gimli_compile.program import Program
 
 aten = torch.ops.aten
+_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 
 
 def lower_scatters(program: Program) -> Program:
@@ -22,9 +23,11 @@ def lower_scatters(program: Program) -> Program:
                                                                b_1 = aten.unsqueeze.default(b, 0)
         c = aten.select_scatter.default(a, b, 0, 1) becomes    c = aten.slice_scatter.default(a, b_1, 0, 1, 2)
     """
+    if not program.calls(*_SCATTERS):
+        return program
     copied = program.copy()
     for node in list(copied.graph.nodes):
-        if node.target in (aten.select_scatter.default, aten.slice_scatter.default):
+        if node.target in _SCATTERS:
             with copied.graph.inserting_before(node):
                 _lower(copied.graph, node)
     return copied

@@ -36,7 +36,7 @@ def lower_selections(program: Program) -> Program:
     is a result of role GUARD, which must be true. Requires functional programs.
     """
     if not any(node.target in SELECTING and node.meta.get("counts") for node in program.graph.nodes):
-        return program.copy()
+        return program
     copied = merge_common_subexpressions(_with_plain_masks(program))
     sites = [node for node in copied.graph.nodes if node.target in SELECTING and node.meta.get("counts")]
     guards = _Lowering(copied, sites).run()

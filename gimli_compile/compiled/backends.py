@@ -12,8 +12,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gimli_compile.compiled.cpp_builds import Entry, built_at_once, built_beside
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
 from gimli_compile.metadata import FAKE
@@ -37,9 +39,27 @@ def compile_with_torchscript(module: fx.GraphModule) -> Executable:
 def compile_with_inductor(module: fx.GraphModule) -> Executable:
     """Compiles a graph to machine code. Its C++ wrapper saves the time that Python needs for each kernel.
 
+    The C++ compiler runs beside what Python does next: the first call waits for it.
+
     Layouts stay as they are: where Inductor (torch 2.13, CPU) changes that of convolutions, captured steps of
     convolution, relu and max-pool come out wrong, their gradients zero.
     """
+
+    def again() -> Entry | None:
+        entries: list[Entry] = []
+        with built_at_once(entries):
+            _compiled(module)
+        return entries[-1] if entries else None  # the same code is not loaded twice
+
+    try:
+        with built_beside(again):
+            return _compiled(module)
+    except InductorError:  # headers are compiled at once, by a compiler that may not know what was taken for granted
+        with built_at_once([]):
+            return _compiled(module)
+
+
+def _compiled(module: fx.GraphModule) -> Executable:
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     with FAKE, torch.no_grad():
         lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from gimli_compile.collecting import rare_collections
 from gimli_compile.compiled.backends import Backend, Executable
 from gimli_compile.compiled.halves import Function, Halves, Lanes, halves
 from gimli_compile.compiled.verification import verified
@@ -23,6 +24,7 @@ class Builder:
     backend: Backend
     verify: bool
 
+    @rare_collections()
     def __call__(self, module: fx.GraphModule, what: str) -> Executable:
         """Builds one; with `verify`, it compares itself with the graph in its first call."""
         return verified(self.backend, module, what) if self.verify else self.backend(module)
@@ -31,6 +33,7 @@ class Builder:
 class CompiledFunction:
     """A pure function of tensors, compiled for inputs of one form, with the adjoints of some of them."""
 
+    @rare_collections()
     def __init__(
         self,
         function: Function,
@@ -53,8 +56,11 @@ class CompiledFunction:
 
     @cached_property
     def saving(self) -> Executable:
-        """Computes the results and the fresh residuals."""
-        return self._build(self.halves.saving, f"{self._what} with residuals")
+        """Computes the results and the fresh residuals; the adjoint, which needs them, is built at the same time."""
+        made = self._build(self.halves.saving, f"{self._what} with residuals")
+        if self.halves.backward is not None:
+            _ = self.backward
+        return made
 
     @cached_property
     def backward(self) -> Executable:

@@ -5,7 +5,7 @@ from expecttest import assert_expected_inline
 from recorded import call, record, text
 
 from gimli_compile.checker import verify
-from gimli_compile.passes.liveness import drop_unused_inputs, eliminate_dead_code, restrict_results
+from gimli_compile.passes.liveness import compute_only, eliminate_dead_code
 from gimli_compile.slot import Role
 
 X = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
@@ -83,7 +83,7 @@ def test_inputs_stay_though_unused(check_pass):
 def test_restricted_to_some_results():
     program = record(lambda x: (torch.sin(x), torch.cos(x), torch.exp(x)), {"x": X})
     code = program.code
-    made = restrict_results(program, [2, 0])
+    made = compute_only(program, [2, 0])
     verify(made)
     assert program.code == code
     assert made.results == (program.results[2], program.results[0])
@@ -94,14 +94,14 @@ def test_restricted_to_some_results():
 
 def test_unused_inputs_of_some_roles():
     program = record(lambda x, y, n, m: x * n, {"x": X, "y": X}, numbers={"n": 2.0, "m": 3.0})
-    verify(made := drop_unused_inputs(program, roles=(Role.HYPER,)))
+    verify(made := compute_only(program, [0], dropping=(Role.HYPER,)))
     assert [str(slot) for slot in made.inputs] == ["state[x]", "state[y]", "hyper[n]"]
     assert [str(slot) for slot in program.inputs] == ["state[x]", "state[y]", "hyper[n]", "hyper[m]"]
 
 
 def test_unused_inputs_of_all_roles():
     program = record(lambda x, y, n, m: x * n, {"x": X, "y": X}, numbers={"n": 2.0, "m": 3.0})
-    verify(made := drop_unused_inputs(program))
+    verify(made := compute_only(program, [0], dropping=tuple(Role)))
     assert [str(slot) for slot in made.inputs] == ["state[x]", "hyper[n]"]
     assert torch.equal(call(made, {"x": X, "n": torch.tensor(2.0, dtype=torch.float64)})["output[0]"], X * 2.0)
 
@@ -111,10 +111,10 @@ def test_a_dropped_draw_is_not_made():
         torch.rand_like(x)
         return torch.sin(x)
 
-    made = drop_unused_inputs(eliminate_dead_code(record(function, {"x": X})))
+    made = compute_only(record(function, {"x": X}), [0], dropping=tuple(Role))
     assert made.draw({}) == {}
 
 
 def test_nothing_unused_nothing_dropped():
     program = record(lambda x, y: x * y, {"x": X, "y": X})
-    assert drop_unused_inputs(program).code == program.code
+    assert compute_only(program, [0], dropping=tuple(Role)).code == program.code

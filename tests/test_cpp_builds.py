@@ -1,0 +1,134 @@
+"""Machine code that is made while Python goes on, and what is taken for granted of the compiler that makes it."""
+
+import multiprocessing
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch._inductor.codecache import CppWrapperCodeCache
+from torch._inductor.cpu_vec_isa import VecISA
+
+from gimli_compile.compiled.backends import compile_with_inductor
+from gimli_compile.compiled.cpp_builds import Pending
+from gimli_compile.compiled.halves import trace
+
+ASKED = "-mavx2", "-mavx512f"
+PROGRAM = """
+import torch
+from gimli_compile.compiled.backends import compile_with_inductor
+from gimli_compile.compiled.halves import trace
+
+x = torch.linspace(-1, 1, 1000)
+program = compile_with_inductor(trace(lambda x: [x.sin() * 2 + x.exp()], [x]))
+torch.testing.assert_close(program([x.clone()])[0], x.sin() * 2 + x.exp())
+again = compile_with_inductor(trace(lambda x: [x.cos() * 2 + x.exp()], [x]))
+torch.testing.assert_close(again([x.clone()])[0], x.cos() * 2 + x.exp())
+"""
+
+
+def test_the_first_call_waits():
+    done = threading.Event()
+
+    def wait():
+        assert done.wait(60)
+        return lambda *handles: sum(handles)
+
+    pending = Pending(wait, again=wait)
+    found = []
+    caller = threading.Thread(target=lambda: found.append(pending(1, 2)))
+    caller.start()
+    time.sleep(0.05)
+    assert found == []
+    done.set()
+    caller.join(60)
+    assert found == [3] and pending(4, 5) == 9
+
+
+def test_a_build_that_fails_is_made_again():
+    calls = []
+
+    def fail():
+        calls.append("first")
+        raise RuntimeError("unknown option")
+
+    def again():
+        calls.append("again")
+        return lambda handle: handle + 1
+
+    pending = Pending(fail, again)
+    assert pending(1) == 2 and pending(2) == 3
+    assert calls == ["first", "again"]
+
+
+def test_a_build_that_fails_with_no_other_is_told():
+    def fail():
+        raise RuntimeError("out of disk")
+
+    with pytest.raises(RuntimeError, match="out of disk"):
+        Pending(fail, lambda: None)(1)
+
+
+def built(number):
+    """Compiles and runs what no cache has."""
+    program = compile_with_inductor(trace(lambda x: [x * number + 1], [torch.ones(3)]))
+    return program([torch.ones(3)])[0].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_builds_with_threads_of_its_own():
+    number = time.time_ns() % 2**20
+    assert built(number) == [number + 1.0] * 3
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(built(number + 1)))
+    child.start()
+    try:
+        assert queue.get(timeout=120) == [number + 2.0] * 3
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_inductor_is_left_as_it_was():
+    loaded, checked = CppWrapperCodeCache.load_pybinding, VecISA.check_build
+    x = torch.ones(3)
+    program = compile_with_inductor(trace(lambda x: [x * 3 + 1], [x]))
+    assert CppWrapperCodeCache.load_pybinding == loaded and VecISA.check_build is checked
+    assert "load_pybinding" not in vars(CppWrapperCodeCache)
+    assert torch.equal(program([x])[0], torch.full((3,), 4.0))
+
+
+def compiler(folder, refused):
+    """Writes a compiler that does not know some options, and notes those that it was asked for."""
+    path = folder / "g++"
+    tests = "\n".join(f'  *" {option} "*) echo "{option}" >> {folder}/refused; exit 1;;' for option in refused)
+    path.write_text(f'#!/bin/sh\ncase " $* " in\n{tests}\nesac\nexec {shutil.which("g++")} "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return path
+
+
+def run_with(path, folder):
+    """Runs the program with a compiler and an empty cache."""
+    environment = {**os.environ, "CXX": str(path), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_compiler_that_does_not_know_the_instructions_of_the_cpu(tmp_path):
+    """It is asked what it knows after all."""
+    done = run_with(compiler(tmp_path, ASKED), tmp_path)
+    assert done.returncode == 0, done.stderr
+    if torch.cpu._is_avx2_supported():
+        assert set((tmp_path / "refused").read_text().split()) <= set(ASKED)
+
+
+def test_what_no_compiler_takes_is_told(tmp_path):
+    done = run_with(compiler(tmp_path, ["-shared"]), tmp_path)
+    assert done.returncode == 1
+    assert "CppCompileError" in done.stderr and "-shared" in (tmp_path / "refused").read_text()
