@@ -31,6 +31,7 @@ from gimli_compile.compiled.calls import Compiler, call_compiled, step_compiled,
 from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
+from gimli_compile.kept_attributes import keep_attributes
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
@@ -95,6 +96,7 @@ class Functional:
         check_schedulers(self._schedulers, one, per_parameter=per_parameter)
         self._model_view = ModelView(model, guards_branches=guards_branches(branches))
         check_optimizer_params(one, self._model_view)
+        keep_attributes(self._schedulers, self._model_view, train_step)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
         self._title = f"{full_kind_of(one)} over {type(model).__name__}"

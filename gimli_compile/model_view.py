@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detac
 from gimli_compile.snapshot import is_number
 from gimli_compile.tree_paths import named_leaves
 from gimli_compile.watching import Watch
+
+_Any = TypeVar("_Any")
 
 
 class ModelView:
@@ -31,6 +33,7 @@ class ModelView:
         self.model = model
         self.guards_branches = guards_branches
         self._watch: Watch | None = None
+        self._kept: Mapping[int, Collection[str]] = {}
         _refuse_nothing(model)
         _refuse_uninitialized(self)
         refuse_detaching(self.modules())
@@ -96,6 +99,17 @@ class ModelView:
                     seen.add(id(module))
                     yield module
 
+    def modules_by_path(self) -> dict[str, nn.Module]:
+        """Returns all modules by path, each once."""
+        parts = [(path, leaf) for path, leaf in _parts(self.model) if isinstance(leaf, nn.Module)]
+        found = {name: module for path, leaf in parts for name, module in leaf.named_modules(prefix=path)}
+        return _each_once(found)
+
+    def leave_out(self, kept: Mapping[int, Collection[str]]) -> None:
+        """Takes attributes, by the id of their module, out of the options: they are state."""
+        self._kept, self._watch = kept, None
+        self.refresh()
+
     def filled(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Returns the model with `tensors`, by name, in place of those of its pytree; modules are the live ones."""
         if isinstance(self.model, nn.Module):
@@ -115,7 +129,14 @@ class ModelView:
 
     def _read_signature(self) -> tuple[Any, ...]:
         found = tuple(
-            (id(module), *((key, value) for key, value in options_of(module) if _is_option(value)))
+            (
+                id(module),
+                *(
+                    (key, value)
+                    for key, value in options_of(module)
+                    if _is_option(value) and key not in self._kept.get(id(module), ())
+                ),
+            )
             for module in self.modules()
         )
         if isinstance(self.model, nn.Module):
@@ -201,10 +222,10 @@ def _parts(model: Any) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
             yield path if path or isinstance(leaf, nn.Module) else "0", leaf
 
 
-def _each_once(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors by the first of their names."""
+def _each_once(named: Mapping[str, _Any]) -> dict[str, _Any]:
+    """Returns the tensors, or modules, by the first of their names."""
     first: dict[int, str] = {}
-    return {name: tensor for name, tensor in named.items() if first.setdefault(id(tensor), name) == name}
+    return {name: one for name, one in named.items() if first.setdefault(id(one), name) == name}
 
 
 def _refuse_nothing(model: Any) -> None:

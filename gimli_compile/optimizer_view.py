@@ -14,6 +14,7 @@ from gimli_compile.assignments import assigned_paths
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
+from gimli_compile.kept_attributes import kept_paths, read_kept
 from gimli_compile.literals import held_functions
 from gimli_compile.live_gradients import live_gradients_kept
 from gimli_compile.owned_generators import generators_kept
@@ -73,7 +74,7 @@ class OptimizerView:
 
     @changing.setter
     def changing(self, paths: set[str]) -> None:
-        self._changing = paths
+        self._changing = paths | kept_paths(self.skeleton)
         self._hyper_leaves = [leaf for leaf in leaves_of(self.skeleton) if self._is_hyper(leaf)]
         self.hyper_paths = {leaf.path for leaf in self._hyper_leaves}
 
@@ -81,6 +82,7 @@ class OptimizerView:
 
     def read(self) -> tuple[Skeleton, dict[str, Value]]:
         """Returns the present structure and values of the live optimizer."""
+        read_kept(self.companions)
         if self._watch is not None and self._watch.holds():
             return self._last
         visited: list[Any] = []
@@ -275,6 +277,9 @@ class OptimizerView:
         """Runs the optimizer's own code, not captured, from plain values."""
         grads = {name: as_eager(grad) for name, grad in inputs.grads.items()}
         return self.run(inputs.opt_state.skeleton, inputs.params, grads, plain_values(inputs), self.step)
+
+    def refuse_memory(self, inputs: UpdateInputs) -> None:
+        """Refuses a step that reads what the step before left outside of the state; an update alone has none."""
 
 
 class MethodView(OptimizerView):
