@@ -32,6 +32,7 @@ from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.kept_attributes import keep_attributes
+from gimli_compile.lazy_modules import initialize_lazy_modules
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
@@ -83,6 +84,8 @@ class Functional:
         branches: str = "refuse",
         objects: Mapping[str, Any] | None = None,
         buffers: str = "thread",
+        example: Any = None,
+        example_meta: Any = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -94,6 +97,7 @@ class Functional:
         one = as_one(optimizer)
         self._schedulers = Schedulers(scheduler, are_declared=train_step is not None, objects=objects)
         check_schedulers(self._schedulers, one, per_parameter=per_parameter)
+        initialize_lazy_modules(model, optimizer, loss_fn, train_step, example, example_meta)
         self._model_view = ModelView(model, guards_branches=guards_branches(branches))
         check_optimizer_params(one, self._model_view)
         keep_attributes(self._schedulers, self._model_view, train_step)

@@ -255,6 +255,7 @@ def _refuse_uninitialized(view: ModelView) -> None:
                     f"the model's {name!r} is not initialized: the model has lazy modules that never ran",
                     None,
                     "A program needs the shapes of all parameters.",
-                    "Run the model once on a batch (`model(x)`), then create the optimizer and call `functionalize`.",
+                    "Pass a batch that reaches them: `functionalize(model, optimizer, loss_fn, example=batch)`. Or run "
+                    "the model once on a batch (`model(x)`) before.",
                 )
             )
