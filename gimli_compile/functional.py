@@ -37,8 +37,9 @@ from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import LossTable
+from gimli_compile.method_view import MethodView
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import MethodView, OptimizerView
+from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.programs import Programs
 from gimli_compile.protocol import choose_protocol
 from gimli_compile.recording import Baked

@@ -10,7 +10,7 @@ from tensor_memory import peak_growth
 from torch import nn
 
 import gimli_compile as gimli
-from gimli_compile import comparison, validation
+from gimli_compile import comparison, protocol, validation
 from gimli_compile.release import compile_releasing
 
 WIDTH, LAYERS = 256, 6
@@ -38,6 +38,13 @@ def made(name):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     return model, OPTIMIZERS[name](model.parameters())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_finding_out_how_an_optimizer_steps_takes_no_memory_where_there_is_much(name, monkeypatch):
+    monkeypatch.setattr(protocol, "LARGE", WEIGHTS)
+    model, optimizer = made(name)
+    assert peak_growth(lambda: gimli.functionalize(model, optimizer, loss)) <= 0.01 * WEIGHTS
 
 
 # What a run of the optimizer's own step takes, on copies: parameters, gradients and state.
