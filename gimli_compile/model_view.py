@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
 from gimli_compile.snapshot import is_number
 from gimli_compile.tree_paths import named_leaves
@@ -120,7 +121,7 @@ class ModelView:
     def as_leaf(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Returns a leaf with a copy of the value of a parameter, trained or frozen as the live one, with its hooks."""
         live = self.live_params[name]
-        leaf = nn.Parameter(value.detach().clone(), live.requires_grad)
+        leaf = nn.Parameter(lazy_copy(value), live.requires_grad)
         for hook in (live._backward_hooks or {}).values():
             leaf.register_hook(hook)
         for hook in (getattr(live, "_post_accumulate_grad_hooks", None) or {}).values():

@@ -15,6 +15,7 @@ from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.kept_attributes import kept_paths, read_kept
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.literals import held_functions
 from gimli_compile.live_gradients import live_gradients_kept
 from gimli_compile.owned_generators import generators_kept
@@ -265,7 +266,9 @@ class OptimizerView:
         """
         requires = {name: p.requires_grad for p, name in self.live_params()}
         leaves: dict[str, torch.Tensor] = {
-            name: value if isinstance(value, torch.nn.Parameter) else as_leaf(value, requires_grad=requires[name])
+            name: value
+            if isinstance(value, torch.nn.Parameter)
+            else as_leaf(value, requires_grad=requires[name], copy=lazy_copy)
             for name, value in params.items()
             if name in requires
         }
@@ -315,7 +318,8 @@ def as_leaf(
 def plain_values(inputs: UpdateInputs) -> dict[str, Any]:
     """Returns all values of an update's optimizer as its own code has them, by path."""
     leaves = leaves_of(inputs.opt_state.skeleton)
-    return {leaf.path: plain_value(inputs.value_of(leaf), leaf.kind) for leaf in leaves}
+    values = {leaf: inputs.value_of(leaf) for leaf in leaves}
+    return {f.path: lazy_copy(v) if f.kind == "tensor" else plain_value(v, f.kind) for f, v in values.items()}
 
 
 def as_declared(leaf: Leaf, value: Any) -> Any:

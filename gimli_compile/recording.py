@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.metadata import fake_like, operator_name, storage_of, written_tensors
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
@@ -226,7 +227,7 @@ class Recorder(TorchDispatchMode):
         self._refuse(func, args, kwargs, reach)
         node_args, node_kwargs = tree_map_only(torch.Tensor, self.node_of, (args, kwargs))
         shared = {storage_of(tensor) for tensor in tensors}
-        out = func(*args, **kwargs)
+        out = lazy_copy(args[0]) if func is aten.clone.default and not kwargs else func(*args, **kwargs)
         self._spread(written_tensors(func, args, kwargs), out, shared, 0 if func in _OF_FORM else reach)
         if isinstance(out, (torch.Tensor, tuple, list)):
             self.add_call(func, node_args, node_kwargs, out)

@@ -46,13 +46,13 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     if any(value.dim() and leaf.kind != "tensor" for leaf, value in _leaf_values(inputs)):
         return variant  # eager has no step with a number for each element; the program is that of the plain number
     expected = eager_results(view, inputs)
+    base = {slot: sampled(value) for slot, value in expected.items()}
     found = _differing(variant, inputs, expected)
     if found:
         found = _beyond_rounding(view, inputs, variant, expected, found)
     if found:
         raise _not_reproduced(view, found) if variant.held(program_results(variant, inputs)) else _drawn(view, variant)
     numbers = _numbers(variant, inputs)
-    base = {slot: sampled(value) for slot, value in expected.items()}
     del expected
     if not numbers or not _escaped(view, inputs, variant, numbers, base):
         return variant
@@ -126,7 +126,7 @@ def _run(program: Program, inputs: UpdateInputs) -> dict[Slot, torch.Tensor]:
 
 
 def _results_in_parts(variant: UpdateVariant, inputs: UpdateInputs) -> Iterator[dict[Slot, torch.Tensor]]:
-    """Yields all results, large ones in several runs; the conditions on tensor values are in the first."""
+    """Yields all results, many in several runs, the largest last; conditions on tensor values are in the first."""
     program = variant.program
     sizes = [node.meta["val"].nbytes for node in program.returned]
     limit = max(_SMALL, sum(sizes) // _PARTS)
@@ -135,7 +135,7 @@ def _results_in_parts(variant: UpdateVariant, inputs: UpdateInputs) -> Iterator[
         return
     guards = [index for index, slot in enumerate(program.results) if slot.role is Role.GUARD]
     parts, size = [guards], 0
-    for index in range(len(sizes)):
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
         if size + sizes[index] > limit and parts[-1]:
             parts.append([])
             size = 0
@@ -146,14 +146,17 @@ def _results_in_parts(variant: UpdateVariant, inputs: UpdateInputs) -> Iterator[
         yield _run(compute_only(program, part), inputs)
 
 
-def _differing(variant: UpdateVariant, inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]) -> list[Slot]:
+def _differing(variant: UpdateVariant, inputs: UpdateInputs, expected: dict[Slot, torch.Tensor]) -> list[Slot]:
+    """Returns the slots whose results are others than expected; those that are the same are not kept any longer."""
     eps = _coarsest(variant)
-    return [
-        slot
-        for results in _results_in_parts(variant, inputs)
-        for slot, value in results.items()
-        if slot in expected and not close(value, expected[slot], eps)
-    ]
+    found: list[Slot] = []
+    for results in _results_in_parts(variant, inputs):
+        for slot in results.keys() & expected.keys():
+            if close(results[slot], expected[slot], eps):
+                del expected[slot]
+            else:
+                found.append(slot)
+    return [slot for slot in variant.program.results if slot in found]
 
 
 def _beyond_rounding(
@@ -246,7 +249,9 @@ def _escaped(
             return False
         for slot in results.keys() & expected.keys() & base.keys():
             change = largest_change(sampled(expected[slot]), base[slot])
-            if not close(results[slot], expected[slot], eps, change):
+            if close(results[slot], expected[slot], eps, change):
+                del expected[slot]
+            else:
                 found.append(slot)
     return bool(found and _beyond_rounding(view, changed, variant, expected, found))
 

@@ -55,9 +55,9 @@ def test_finding_out_how_an_optimizer_steps_takes_one_copy_of_everything(name, o
     assert growth <= (own + 1) * WEIGHTS
 
 
-# Beside that the gradients, and what is compared at a time; results of the update while the program runs.
-@pytest.mark.parametrize(("name", "own", "state"), [("sgd", 3, 1), ("adamw", 4, 2)])
-def test_capturing_a_step_takes_little_more_than_running_it(name, own, state, small_pieces):
+# What is compared at a time; gradients are only read by the optimizer's own step.
+@pytest.mark.parametrize(("name", "state"), [("sgd", 1), ("adamw", 2)])
+def test_capturing_a_step_takes_little_more_than_running_it(name, state, small_pieces):
     model, optimizer = made(name)
     fn = gimli.functionalize(model, optimizer, loss)
     start = fn.init()
@@ -68,8 +68,8 @@ def test_capturing_a_step_takes_little_more_than_running_it(name, own, state, sm
         again = peak_growth(lambda: fn.step(start, BATCH))
     results = 1 + 1 + state  # gradients, parameters, state
     assert results * WEIGHTS <= again <= (results + 0.7) * WEIGHTS
-    assert first <= (1 + own + 1) * WEIGHTS
-    assert second <= (1 + own + 1) * WEIGHTS
+    assert first <= again + 0.8 * WEIGHTS
+    assert second <= again + 0.8 * WEIGHTS
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
