@@ -19,8 +19,10 @@ def functionalize(
     branches: str = "refuse",
     objects: Mapping[str, Any] | None = None,
     buffers: str = "thread",
+    example: Any = None,
+    example_meta: Any = None,
 ) -> Functional:
-    """Turns a live model and optimizer into pure, differentiable functions; neither is changed.
+    """Turns a live model and optimizer into pure, differentiable functions; neither is changed, but for `example`.
 
     Args:
         model: any `nn.Module` whose parameters are initialized; or what is trained in its place: a tensor, or a pytree
@@ -52,9 +54,17 @@ def functionalize(
         buffers: "thread" hands buffers on from step to step, as live training does. "freeze" gives a state after a step
             the buffers before it, all of them: running statistics stay, and in training mode batch norm still
             normalizes by the batch. That is MAML's usual batch norm: no statistics of one task in another.
+        example: a batch, where the model has lazy modules that never ran (`nn.LazyLinear`). They are initialized on it:
+            the loss or the train step is called with it, with an optimizer that does nothing, until the last parameter
+            has its shape; without either, the model (`model(example)`, a tuple as arguments, a dict as keywords). This
+            is torch's own dry run, and the only change of the live model ever made: its parameters then have the
+            values that `model(x)` gives them in this place, and buffers, gradients, attributes and generators are as
+            before. An optimizer that was created before stays valid. Without lazy modules nothing is run.
+        example_meta: the `meta` for that run, where the loss or the train step takes one and needs it.
 
     Raises:
-        InputError: the optimizer has parameters that the model does not have, or the model is not initialized.
+        InputError: the optimizer has parameters that the model does not have, the model is not initialized, or the
+            example does not go through it.
         CaptureError: a step of the optimizer does not run.
     """
     return Functional(
@@ -67,4 +77,6 @@ def functionalize(
         branches=branches,
         objects=objects,
         buffers=buffers,
+        example=example,
+        example_meta=example_meta,
     )

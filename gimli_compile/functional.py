@@ -31,12 +31,15 @@ from gimli_compile.compiled.calls import Compiler, call_compiled, step_compiled,
 from gimli_compile.example_steps import example_table
 from gimli_compile.hyper_values import hyper_values
 from gimli_compile.implicit_mode import Implicit
+from gimli_compile.kept_attributes import keep_attributes
+from gimli_compile.lazy_modules import initialize_lazy_modules
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import LossTable
+from gimli_compile.method_view import MethodView
 from gimli_compile.model_view import ModelView
-from gimli_compile.optimizer_view import MethodView, OptimizerView
+from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.programs import Programs
 from gimli_compile.protocol import choose_protocol
 from gimli_compile.recording import Baked
@@ -82,6 +85,8 @@ class Functional:
         branches: str = "refuse",
         objects: Mapping[str, Any] | None = None,
         buffers: str = "thread",
+        example: Any = None,
+        example_meta: Any = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -93,8 +98,10 @@ class Functional:
         one = as_one(optimizer)
         self._schedulers = Schedulers(scheduler, are_declared=train_step is not None, objects=objects)
         check_schedulers(self._schedulers, one, per_parameter=per_parameter)
+        initialize_lazy_modules(model, optimizer, loss_fn, train_step, example, example_meta)
         self._model_view = ModelView(model, guards_branches=guards_branches(branches))
         check_optimizer_params(one, self._model_view)
+        keep_attributes(self._schedulers, self._model_view, train_step)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
         self._title = f"{full_kind_of(one)} over {type(model).__name__}"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
 from gimli_compile.shared_memory import refuse_shared_memory
 from gimli_compile.snapshot import is_number
 from gimli_compile.tree_paths import named_leaves
 from gimli_compile.watching import Watch
+
+_Any = TypeVar("_Any")
 
 
 class ModelView:
@@ -32,6 +35,7 @@ class ModelView:
         self.model = model
         self.guards_branches = guards_branches
         self._watch: Watch | None = None
+        self._kept: Mapping[int, Collection[str]] = {}
         _refuse_nothing(model)
         _refuse_uninitialized(self)
         refuse_detaching(self.modules())
@@ -98,6 +102,17 @@ class ModelView:
                     seen.add(id(module))
                     yield module
 
+    def modules_by_path(self) -> dict[str, nn.Module]:
+        """Returns all modules by path, each once."""
+        parts = [(path, leaf) for path, leaf in _parts(self.model) if isinstance(leaf, nn.Module)]
+        found = {name: module for path, leaf in parts for name, module in leaf.named_modules(prefix=path)}
+        return _each_once(found)
+
+    def leave_out(self, kept: Mapping[int, Collection[str]]) -> None:
+        """Takes attributes, by the id of their module, out of the options: they are state."""
+        self._kept, self._watch = kept, None
+        self.refresh()
+
     def filled(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Returns the model with `tensors`, by name, in place of those of its pytree; modules are the live ones."""
         if isinstance(self.model, nn.Module):
@@ -108,7 +123,7 @@ class ModelView:
     def as_leaf(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Returns a leaf with a copy of the value of a parameter, trained or frozen as the live one, with its hooks."""
         live = self.live_params[name]
-        leaf = nn.Parameter(value.detach().clone(), live.requires_grad)
+        leaf = nn.Parameter(lazy_copy(value), live.requires_grad)
         for hook in (live._backward_hooks or {}).values():
             leaf.register_hook(hook)
         for hook in (getattr(live, "_post_accumulate_grad_hooks", None) or {}).values():
@@ -117,7 +132,14 @@ class ModelView:
 
     def _read_signature(self) -> tuple[Any, ...]:
         found = tuple(
-            (id(module), *((key, value) for key, value in options_of(module) if _is_option(value)))
+            (
+                id(module),
+                *(
+                    (key, value)
+                    for key, value in options_of(module)
+                    if _is_option(value) and key not in self._kept.get(id(module), ())
+                ),
+            )
             for module in self.modules()
         )
         if isinstance(self.model, nn.Module):
@@ -203,10 +225,10 @@ def _parts(model: Any) -> Iterator[tuple[str, nn.Module | torch.Tensor]]:
             yield path if path or isinstance(leaf, nn.Module) else "0", leaf
 
 
-def _each_once(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors by the first of their names."""
+def _each_once(named: Mapping[str, _Any]) -> dict[str, _Any]:
+    """Returns the tensors, or modules, by the first of their names."""
     first: dict[int, str] = {}
-    return {name: tensor for name, tensor in named.items() if first.setdefault(id(tensor), name) == name}
+    return {name: one for name, one in named.items() if first.setdefault(id(one), name) == name}
 
 
 def _refuse_nothing(model: Any) -> None:
@@ -236,6 +258,7 @@ def _refuse_uninitialized(view: ModelView) -> None:
                     f"the model's {name!r} is not initialized: the model has lazy modules that never ran",
                     None,
                     "A program needs the shapes of all parameters.",
-                    "Run the model once on a batch (`model(x)`), then create the optimizer and call `functionalize`.",
+                    "Pass a batch that reaches them: `functionalize(model, optimizer, loss_fn, example=batch)`. Or run "
+                    "the model once on a batch (`model(x)`) before.",
                 )
             )

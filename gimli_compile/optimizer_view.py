@@ -14,6 +14,8 @@ from gimli_compile.assignments import assigned_paths
 from gimli_compile.differentiable_forms import differentiable_forms
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
+from gimli_compile.kept_attributes import kept_paths, read_kept
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.literals import held_functions
 from gimli_compile.live_gradients import live_gradients_kept
 from gimli_compile.owned_generators import generators_kept
@@ -74,7 +76,7 @@ class OptimizerView:
 
     @changing.setter
     def changing(self, paths: set[str]) -> None:
-        self._changing = paths
+        self._changing = paths | kept_paths(self.skeleton)
         self._hyper_leaves = [leaf for leaf in leaves_of(self.skeleton) if self._is_hyper(leaf)]
         self.hyper_paths = {leaf.path for leaf in self._hyper_leaves}
 
@@ -82,6 +84,7 @@ class OptimizerView:
 
     def read(self) -> tuple[Skeleton, dict[str, Value]]:
         """Returns the present structure and values of the live optimizer."""
+        read_kept(self.companions)
         if self._watch is not None and self._watch.holds():
             return self._last
         visited: list[Any] = []
@@ -125,8 +128,9 @@ class OptimizerView:
 
         That is any number, and a floating tensor that is a parameter, requires a gradient or is in a group.
         """
-        if leaf.path in self.changing or leaf.path in self._state_paths():
-            return False
+        return leaf.path not in self.changing and leaf.path not in self._state_paths() and self._is_declared(leaf)
+
+    def _is_declared(self, leaf: Leaf) -> bool:
         if leaf.kind != "tensor":
             return True
         value = self.values[leaf.path]
@@ -181,12 +185,27 @@ class OptimizerView:
 
     # ------------------------------------------------------------------ running
 
-    def observe(self, execute: Callable[[], Any], grads: Mapping[str, torch.Tensor | None]) -> UpdateOutputs:
-        """Runs three steps on copies, and takes the numbers that change for state. Returns what the last one left."""
+    def observe(
+        self,
+        execute: Callable[[], Any],
+        grads: Mapping[str, torch.Tensor | None],
+        hollow: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> UpdateOutputs:
+        """Runs three steps on copies, and takes the numbers that change for state. Returns what the last one left.
+
+        With `hollow`, parameters and what is state in any case are what it makes of them, in place of copies.
+        """
         live = {name: p for p, name in self.live_params()}
         changing: set[str] = set()
-        skeleton, values = self.skeleton, {path: _copied(value) for path, value in self.values.items()}
-        params: Tensors = {name: as_leaf(p, requires_grad=p.requires_grad) for name, p in live.items()}
+        open_paths = self._open_paths()
+        skeleton = self.skeleton
+        values = {
+            path: hollow(value)
+            if hollow is not None and path not in open_paths and isinstance(value, torch.Tensor) and value.numel() > 1
+            else _copied(value)
+            for path, value in self.values.items()
+        }
+        params: Tensors = {name: as_leaf(p, requires_grad=p.requires_grad, copy=hollow) for name, p in live.items()}
         after = UpdateOutputs(params, skeleton, values)
         with generators_forked():
             for count in range(3):
@@ -194,12 +213,18 @@ class OptimizerView:
                 try:
                     after = self.run(after.skeleton, after.params, grads, after.values, steps)
                 except CaptureError:
-                    if not (count and self.companions):
+                    if not (count and self.companions) or hollow is not None:
                         raise
                     break  # a schedule that ends
-                changing |= {p for p, value in after.values.items() if _differs(value, self.values.get(p, value))}
+                found = {path: value for path, value in after.values.items() if path in open_paths}
+                changing |= {path for path, value in found.items() if _differs(value, self.values[path])}
         self.changing = changing & set(self.values)
         return after
+
+    def _open_paths(self) -> set[str]:
+        """Returns the paths of what is a hyperparameter unless a step changes it."""
+        leaves = [leaf for leaf in leaves_of(self.skeleton) if leaf.path not in self._state_paths()]
+        return {leaf.path for leaf in leaves if self._is_declared(leaf)}
 
     def _observed(self, execute: Callable[[], Any], count: int, assigned: set[str]) -> None:
         """Takes a step; adds the paths of what the schedulers assign in the first, if only what was there before."""
@@ -243,7 +268,9 @@ class OptimizerView:
         """
         requires = {name: p.requires_grad for p, name in self.live_params()}
         leaves: dict[str, torch.Tensor] = {
-            name: value if isinstance(value, torch.nn.Parameter) else as_leaf(value, requires_grad=requires[name])
+            name: value
+            if isinstance(value, torch.nn.Parameter)
+            else as_leaf(value, requires_grad=requires[name], copy=lazy_copy)
             for name, value in params.items()
             if name in requires
         }
@@ -279,43 +306,23 @@ class OptimizerView:
         grads = {name: as_eager(grad) for name, grad in inputs.grads.items()}
         return self.run(inputs.opt_state.skeleton, inputs.params, grads, plain_values(inputs), self.step)
 
-
-class MethodView(OptimizerView):
-    """An optimizer of which another method than `step` is run."""
-
-    def __init__(self, view: OptimizerView, method: str) -> None:
-        self.__dict__.update(vars(view))
-        self.method = method
-
-    def step(self) -> None:
-        """Runs the method."""
-        before = self._gradients()
-        for one in members(self.optimizer):
-            if callable(getattr(one, self.method, None)):
-                getattr(one, self.method)()
-        if any(now is not was for now, was in zip(self._gradients(), before, strict=True)):
-            raise CaptureError(
-                compose_message(
-                    f"`{self.method}` changes gradients",
-                    None,
-                    "Gradients are no result of a method: those that a train step holds are `state.grads`.",
-                    "Change them there: `dataclasses.replace(state, grads={})` is what `zero_grad()` does.",
-                )
-            )
-
-    def _gradients(self) -> list[torch.Tensor | None]:
-        return [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+    def refuse_memory(self, inputs: UpdateInputs) -> None:
+        """Refuses a step that reads what the step before left outside of the state; an update alone has none."""
 
 
-def as_leaf(value: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter:
+def as_leaf(
+    value: torch.Tensor, *, requires_grad: bool, copy: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.nn.Parameter:
     """Returns a parameter with a copy of the value."""
-    return torch.nn.Parameter(value.detach().clone(), requires_grad)
+    copied = value.detach().clone() if copy is None else copy(value)
+    return torch.nn.Parameter(copied, requires_grad)
 
 
 def plain_values(inputs: UpdateInputs) -> dict[str, Any]:
     """Returns all values of an update's optimizer as its own code has them, by path."""
     leaves = leaves_of(inputs.opt_state.skeleton)
-    return {leaf.path: plain_value(inputs.value_of(leaf), leaf.kind) for leaf in leaves}
+    values = {leaf: inputs.value_of(leaf) for leaf in leaves}
+    return {f.path: lazy_copy(v) if f.kind == "tensor" else plain_value(v, f.kind) for f, v in values.items()}
 
 
 def as_declared(leaf: Leaf, value: Any) -> Any:

@@ -7,7 +7,7 @@ loss, and the first way that runs is the one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError
+from gimli_compile.hollow_tensors import FormAsked, HollowTensors
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.row_gradients import as_eager, made_up_gradients
 from gimli_compile.snapshot import GROUPS
 from gimli_compile.update_values import UpdateOutputs
 
+LARGE = 1 << 24  # bytes of parameters from which on memory matters more than how long an operator takes
 Evaluate = Callable[[], torch.Tensor]
 
 
@@ -144,6 +146,11 @@ def _try_gradients(view: OptimizerView) -> UpdateOutputs:
     live = {name: p for p, name in view.live_params()}
     trained = [name for name, p in live.items() if p.requires_grad]
 
+    if sum(value.nbytes for value in live.values()) >= LARGE:
+        after = _try_form(view, {name: live[name] for name in trained})
+        if after is not None:
+            return after
+
     def observe(*, sparse: bool) -> UpdateOutputs:
         view.sparse = sparse
         made = made_up_gradients(live, trained, torch.Generator().manual_seed(0), sparse=sparse)
@@ -158,6 +165,21 @@ def _try_gradients(view: OptimizerView) -> UpdateOutputs:
             return observe(sparse=True)
         view.sparse = False
         raise error
+
+
+def _try_form(view: OptimizerView, trained: Mapping[str, torch.Tensor]) -> UpdateOutputs | None:
+    """Steps along gradients without values; returns None where the step asks for values, or does not run."""
+    view.sparse = False
+    hollow, changing = HollowTensors(), view.changing
+    try:
+        with hollow:
+            after = view.observe(view.optimizer.step, {n: hollow.like(p) for n, p in trained.items()}, hollow.like)
+    except (CaptureError, FormAsked):
+        after = None
+    if hollow.failed or after is None:
+        view.changing = changing
+        return None
+    return after
 
 
 def _with_gradient_if_used(view: OptimizerView, protocol: Protocol, after: UpdateOutputs) -> Protocol:

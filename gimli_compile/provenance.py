@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
@@ -64,6 +64,11 @@ def raised_at(error: BaseException) -> SourceLine | None:
             found = _line_of(code.co_filename, trace.tb_lineno, code.co_name)
         trace = trace.tb_next
     return found
+
+
+def source_of(code: CodeType, line: int) -> SourceLine:
+    """Returns a line of some code."""
+    return _line_of(code.co_filename, line, code.co_name)
 
 
 def called_by_torch() -> bool:

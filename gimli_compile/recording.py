@@ -19,7 +19,8 @@ from gimli_compile.aliases import refuse_hidden
 from gimli_compile.call_arguments import map_tensors, tensors_of
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
 from gimli_compile.graph_nodes import add_node
-from gimli_compile.metadata import fake_like, operator_name, storage_of, written_tensors
+from gimli_compile.lazy_copies import lazy_copy
+from gimli_compile.metadata import fake_like, operator_name, storage_of, with_declared_mutation, written_tensors
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
 from gimli_compile.refusals import (
@@ -209,7 +210,7 @@ class Recorder(TorchDispatchMode):
             return self._record_draw(func, args, kwargs)
         if func is aten.native_dropout.default:
             return self._record_dropout(*args)
-        return self._record(_with_declared_mutation(func, args), args, kwargs)
+        return self._record(with_declared_mutation(func, args), args, kwargs)
 
     def _record_literal(self, tensor: torch.Tensor) -> torch.Tensor:
         """Records what `torch.tensor(...)` made: a number as itself, an array as a constant of its value now."""
@@ -230,7 +231,7 @@ class Recorder(TorchDispatchMode):
         self._refuse(func, args, kwargs, reach)
         node_args, node_kwargs = map_tensors((args, kwargs), self.node_of)
         shared = {storage_of(tensor) for tensor in tensors}
-        out = func(*args, **kwargs)
+        out = lazy_copy(args[0]) if func is aten.clone.default and not kwargs else func(*args, **kwargs)
         self._spread(written_tensors(func, args, kwargs), out, shared, 0 if func in _OF_FORM else reach)
         if isinstance(out, (torch.Tensor, tuple, list)):
             self.add_call(func, node_args, node_kwargs, out)
@@ -392,10 +393,3 @@ class Recorder(TorchDispatchMode):
         self._reach[storage_of(out)] = DATA
         self.add_call(aten.mul.Tensor, (masked, scale), {}, out)
         return out, mask
-
-
-def _with_declared_mutation(func: Any, args: Any) -> Any:
-    """Replaces batch normalization, which changes its running statistics unannounced, by the form that says so."""
-    if func is aten.native_batch_norm.default and args[5] and args[3] is not None:
-        return aten._native_batch_norm_legit.default
-    return func

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.kept_attributes import KeptAttributes
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView, as_declared, plain_value
 from gimli_compile.schedulers import SCHEDULER, Schedulers
@@ -41,13 +42,16 @@ def write_back(view: OptimizerView, live: ModelView, optimizer: Any, state: Trai
                 "Create the optimizer with the same groups.",
             )
         )
-    companions = _companions(view, optimizer, schedulers)
+    kept = {n: one.of(live.modules_by_path()) for n, one in view.companions.items() if isinstance(one, KeptAttributes)}
+    companions = {**_companions(view, optimizer, schedulers), **kept}
     with torch.no_grad():
         for name, value in state.params.items():
             live.live_params[name].copy_(value.detach())
         for name, value in state.buffers.items():
             live.live_buffers[name].copy_(value.detach())
     _write_optimizer(view, live, optimizer, companions, state)
+    for one in kept.values():
+        one.write()
 
 
 def _places(optimizer: Any) -> list[str]:
@@ -77,7 +81,8 @@ def _companions(view: OptimizerView, optimizer: Any, schedulers: Schedulers) -> 
 
 
 def _objects(companions: Mapping[str, Any]) -> dict[str, type]:
-    return {name: type(one) for name, one in companions.items() if name != SCHEDULER}
+    others = {name: one for name, one in companions.items() if not isinstance(one, KeptAttributes)}
+    return {name: type(one) for name, one in others.items() if name != SCHEDULER}
 
 
 def _and_names(companions: Mapping[str, Any]) -> str:

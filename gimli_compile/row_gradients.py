@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.slot import CROSSING, Role, Slot
 
 
@@ -39,7 +40,7 @@ def as_eager(gradient: Gradient) -> torch.Tensor | None:
         rows, dense = gradient.rows, gradient.dense.detach()
         indices = rows.nonzero().t()
         return torch.sparse_coo_tensor(indices, dense[rows], dense.shape, check_invariants=False)
-    return None if gradient is None else gradient.detach().clone()
+    return None if gradient is None else lazy_copy(gradient)
 
 
 def gradients_of(params: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def gradients_of(params: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 def put_gradients(params: Mapping[str, torch.Tensor], grads: Mapping[str, Gradient]) -> None:
     """Gives live parameters these gradients, and the others none."""
     for name, param in params.items():
-        param.grad = as_eager(grads.get(name))
+        grad = grads.get(name)
+        param.grad = grad.detach().clone() if isinstance(grad, torch.Tensor) else as_eager(grad)
 
 
 def by_slot(gradients: Mapping[str, Gradient], roles: Roles = CROSSING) -> dict[Slot, torch.Tensor]:

@@ -17,6 +17,7 @@ from gimli_compile.disguise import Traced, differs_in_disguise, pin_counters
 from gimli_compile.escapes import escapes_closed, modules_of
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.interception import Interception
+from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.literals import literals_marked
 from gimli_compile.lookups import answering
 from gimli_compile.metadata import storage_of
@@ -112,7 +113,7 @@ class UpdateTracing:
         requires = {name: p.requires_grad for p, name in self.view.live_params()}
         for name, flag in requires.items():
             with self.recorder.paused():
-                traced = as_leaf(self.inputs.params[name], requires_grad=flag)
+                traced = as_leaf(self.inputs.params[name], requires_grad=flag, copy=lazy_copy)
             self.recorder.add_input(Slot(Role.PARAM, name), traced, DATA)
             self.params[name] = traced
         for name in requires:

@@ -113,7 +113,9 @@ class UpdateTable:
         yield captured
 
     def _captured(self, inputs: UpdateInputs) -> UpdateVariant:
-        return validate(self.view, inputs, self._capture_once(self.view, inputs, self.title))
+        variant = validate(self.view, inputs, self._capture_once(self.view, inputs, self.title))
+        self.view.refuse_memory(inputs)
+        return variant
 
     @rare_collections()
     def _capture(self, inputs: UpdateInputs, watched: frozenset[str]) -> UpdateVariant:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from gimli_compile.row_gradients import Gradient
 from gimli_compile.row_gradients import by_slot as gradients_by_slot
+from gimli_compile.side_effects import Change
 from gimli_compile.skeleton import Leaf, Skeleton, Value
 from gimli_compile.slot import HELD, Role, Slot
 from gimli_compile.state import OptState, Tensors
@@ -74,7 +75,8 @@ class UpdateInputs:
 class UpdateOutputs:
     """What one update ends with: parameters by name, the structure, and the values by path.
 
-    A whole train step also leaves buffers by name, gradients in `.grad`, and returns something: its loss.
+    A whole train step also leaves buffers by name, gradients in `.grad`, and returns something: its loss. `changes` is
+    what it changed besides.
     """
 
     params: dict[str, torch.Tensor]
@@ -83,3 +85,4 @@ class UpdateOutputs:
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     returned: Any = None
     grads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    changes: Sequence[Change] = ()

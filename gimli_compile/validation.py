@@ -46,6 +46,7 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     if any(value.dim() and leaf.kind != "tensor" for leaf, value in _leaf_values(inputs)):
         return variant  # eager has no step with a number for each element; the program is that of the plain number
     expected = eager_results(view, inputs)
+    base = {slot: sampled(value) for slot, value in expected.items()}
     parts = _in_parts(variant.program)
     found = _differing(variant, parts, inputs, expected)
     if found:
@@ -53,7 +54,6 @@ def validate(view: OptimizerView, inputs: UpdateInputs, variant: UpdateVariant) 
     if found:
         raise _not_reproduced(view, found) if variant.held(program_results(variant, inputs)) else _drawn(view, variant)
     numbers = _numbers(variant, inputs)
-    base = {slot: sampled(value) for slot, value in expected.items()}
     del expected
     if not numbers or not _escaped(view, inputs, variant, parts, numbers, base):
         return variant
@@ -130,14 +130,14 @@ def _run(
 
 
 def _in_parts(program: Program) -> list[Program]:
-    """Returns programs of a few results each for one whose results are large: the first computes all conditions."""
+    """Returns programs of a few results each for one with large ones, these last; the first has all conditions."""
     sizes = [node.meta["val"].nbytes for node in program.returned]
     limit = max(_SMALL, sum(sizes) // _PARTS)
     if sum(sizes) <= limit:
         return [program]
     guards = [index for index, slot in enumerate(program.results) if slot.role is Role.GUARD]
     parts, size = [guards], 0
-    for index in range(len(sizes)):
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
         if size + sizes[index] > limit and parts[-1]:
             parts.append([])
             size = 0
@@ -149,16 +149,20 @@ def _in_parts(program: Program) -> list[Program]:
 
 
 def _differing(
-    variant: UpdateVariant, parts: list[Program], inputs: UpdateInputs, expected: Mapping[Slot, torch.Tensor]
+    variant: UpdateVariant, parts: list[Program], inputs: UpdateInputs, expected: dict[Slot, torch.Tensor]
 ) -> list[Slot]:
+    """Returns the slots whose results are others than expected; those that are the same are not kept any longer."""
     eps = _coarsest(variant)
     values = inputs.by_slot()
-    return [
-        slot
-        for part in parts
-        for slot, value in _run(part, inputs, values).items()
-        if slot in expected and not close(value, expected[slot], eps)
-    ]
+    found: list[Slot] = []
+    for part in parts:
+        results = _run(part, inputs, values)
+        for slot in results.keys() & expected.keys():
+            if close(results[slot], expected[slot], eps):
+                del expected[slot]
+            else:
+                found.append(slot)
+    return [slot for slot in variant.program.results if slot in found]
 
 
 def _beyond_rounding(
@@ -254,7 +258,9 @@ def _escaped(
             return False
         for slot in results.keys() & expected.keys() & base.keys():
             change = largest_change(sampled(expected[slot]), base[slot])
-            if not close(results[slot], expected[slot], eps, change):
+            if close(results[slot], expected[slot], eps, change):
+                del expected[slot]
+            else:
                 found.append(slot)
     return bool(found and _beyond_rounding(view, changed, variant, expected, found))
 

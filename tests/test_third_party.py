@@ -10,6 +10,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from eager_reference import Case, eager_params, gradient_errors, worst_value_error
+from trials import same_facts
 from two_sided import Widened, complaint_of_state, complaints, live, write
 
 CLASSES: dict[str, Any] = {
@@ -90,6 +91,20 @@ def test_values_equal_eager(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constants are reported by a warning; the libraries have some of their own
         assert worst_value_error(case) < COARSE.get(name, 1e-12)
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_trials_without_memory_find_the_same(name, warm, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            case_of(name).start()
+            replace(case_of(name), warm=warm).start()
+        except Exception:
+            assert name in OTHERWISE
+            return
+        same_facts(monkeypatch, replace(case_of(name), warm=warm).start)
 
 
 SELECTIONS = [

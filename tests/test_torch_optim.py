@@ -16,6 +16,7 @@ from eager_reference import (
     worst_value_error,
 )
 from torch import optim
+from trials import same_facts
 
 import gimli_compile as gimli
 
@@ -92,6 +93,8 @@ OPTIONS = {
 # Muon orthogonalizes in bfloat16: its values are exact, but differences of them see only bfloat16's grid.
 NO_DIFFERENCES = {"muon"}
 WARM = (0, 1, 3)
+# They read values.
+TRIED_ON_COPIES = {"adafactor", "adafactor-options", "adafactor-foreach"}
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +113,18 @@ def warmed(case, warm):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_values_equal_eager(name, warm):
     assert worst_value_error(warmed(OPTIONS[name], warm)) < 1e-12
+
+
+@pytest.mark.parametrize("warm", WARM)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_trials_without_memory_find_the_same(name, warm, monkeypatch):
+    hollow = same_facts(monkeypatch, warmed(OPTIONS[name], warm).start)
+    assert hollow == (name not in TRIED_ON_COPIES)
+
+
+@pytest.mark.parametrize("kind", (optim.LBFGS, optim.SparseAdam))
+def test_trials_of_other_protocols_find_the_same(kind, monkeypatch):
+    assert not same_facts(monkeypatch, Case(make(kind)).start)
 
 
 @pytest.mark.parametrize("warm", (0, 3))
