@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -21,6 +23,29 @@ from gimli_compile.metadata import FAKE
 Tensor = torch.Tensor
 Executable = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Callable[[fx.GraphModule], Executable]
+# What the Python around a library's function uses where all it does is to pass tensors on.
+_PASSING_ON = {
+    *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
+    *("unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"),
+}
+_ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # void inductor_entry_impl(AtenTensorHandle*, ...*)
+
+
+@dataclass(frozen=True)
+class NativeProgram:
+    """An executable with its entry in a library: a function that takes handles of tensors, and gives such."""
+
+    call: Executable
+    entry: int
+
+    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Runs it from Python."""
+        return self.call(inputs)
+
+
+def entry_of(executable: Executable) -> int:
+    """Returns the address at which C++ can call an executable; 0 if it cannot, or not yet."""
+    return getattr(executable, "entry", 0)
 
 
 def run_in_python(module: fx.GraphModule) -> Executable:
@@ -49,7 +74,21 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
     native = all(fake.device.type == "cpu" for fake in fakes)
     with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad():
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
-    return getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
+    call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
+    return NativeProgram(call, _entry(call)) if native else call
+
+
+def _entry(call: Executable) -> int:
+    """Returns the address of the function that a call of Inductor's goes to; 0 where the call does more than that."""
+    code, cells = getattr(call, "__code__", None), getattr(call, "__closure__", None) or ()
+    libraries = [getattr(cell.cell_contents, "__self__", None) for cell in cells]
+    if code is None or len(libraries) != 1 or not _PASSING_ON.issuperset(code.co_names):
+        return 0
+    try:
+        library = ctypes.CDLL(libraries[0].__file__)
+        return ctypes.cast(library[_ENTRY], ctypes.c_void_p).value or 0
+    except (AttributeError, OSError):
+        return 0
 
 
 BACKENDS: dict[str, Backend] = {
