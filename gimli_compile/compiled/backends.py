@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gimli_compile.compiled.lean import LeanProgram, lean_programs
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
 from gimli_compile.metadata import FAKE
@@ -28,12 +29,11 @@ _PASSING_ON = {
     *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
     *("unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"),
 }
-_ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # void inductor_entry_impl(AtenTensorHandle*, ...*)
 
 
 @dataclass(frozen=True)
 class NativeProgram:
-    """An executable with its entry in a library: a function that takes handles of tensors, and gives such."""
+    """An executable, and where its lean program (`lean.py`) begins: the loop in C++ calls that."""
 
     call: Executable
     entry: int
@@ -72,23 +72,18 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
     output = next(iter(lowered.graph.find_nodes(op="output")))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
-    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad():
+    lean = lean_programs() if native else nullcontext()
+    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad(), lean:
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call, _entry(call)) if native else call
 
 
 def _entry(call: Executable) -> int:
-    """Returns the address of the function that a call of Inductor's goes to; 0 where the call does more than that."""
+    """Returns where the lean program begins to which a call of Inductor's passes tensors on; 0 if it does not."""
     code, cells = getattr(call, "__code__", None), getattr(call, "__closure__", None) or ()
-    libraries = [getattr(cell.cell_contents, "__self__", None) for cell in cells]
-    if code is None or len(libraries) != 1 or not _PASSING_ON.issuperset(code.co_names):
-        return 0
-    try:
-        library = ctypes.CDLL(libraries[0].__file__)
-        return ctypes.cast(library[_ENTRY], ctypes.c_void_p).value or 0
-    except (AttributeError, OSError):
-        return 0
+    found = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, LeanProgram)]
+    return found[0].entry if code and len(found) == 1 and _PASSING_ON.issuperset(code.co_names) else 0
 
 
 BACKENDS: dict[str, Backend] = {

@@ -33,7 +33,7 @@ class Tape:
         """Tells whether what is carried into a step is kept."""
         return self.segment is not None and step % self.segment == 0
 
-    def recorded(self, _: Sequence[Tensor]) -> tuple[Record, list[Tensor]]:
+    def recorded(self) -> tuple[Record, list[Tensor]]:
         """Returns what the way back has to know, and the tensors that autograd keeps for it."""
         # What recomputation starts from is needed only where there is any.
         parts = [*self.kept] if self.segment is None else [*self.kept, self.shared, *self.rest]
@@ -49,7 +49,7 @@ class AnyTape(Protocol):
         """The steps."""
         ...
 
-    def recorded(self, results: Sequence[Tensor]) -> tuple[Record, list[Tensor]]:
+    def recorded(self) -> tuple[Record, list[Tensor]]:
         """Returns what the way back has to know, and the tensors that autograd keeps for it."""
         ...
 
@@ -57,7 +57,7 @@ class AnyTape(Protocol):
 class Record(Protocol):
     """What the way back knows of a loop besides tensors."""
 
-    def backward(self, kept: list[Tensor], last: list[Any], returned: Sequence[list[Any]]) -> Adjoints:
+    def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
         """Runs the adjoints of the steps on the tensors that autograd kept."""
         ...
 
@@ -70,13 +70,13 @@ class TapeRecord:
     segment: int | None
     sizes: tuple[int, ...]
 
-    def backward(self, kept: list[Tensor], last: list[Any], returned: Sequence[list[Any]]) -> Adjoints:
+    def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
         """Runs the adjoints of the steps."""
         tensors, steps = iter(kept), len(self.bound)
         parts = [list(islice(tensors, size)) for size in self.sizes]
         count = steps if self.segment is None else -(-steps // self.segment)
         states, (shared, *rest) = parts[:count], parts[count:] or [[]]
-        return run_backward(Tape(self.bound, shared, rest, self.segment, states), last, returned)
+        return run_backward(Tape(self.bound, shared, rest, self.segment, states), last, stacked)
 
 
 def run_forward(tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[list[Tensor], list[list[Tensor]], Any]:
@@ -118,9 +118,10 @@ class Adjoints:
     batches: list[dict[int, Tensor]]
 
 
-def run_backward(tape: Tape, last: list[Tensor | None], returned: Sequence[list[Tensor | None]]) -> Adjoints:
-    """Runs the adjoint of every step, the last first; `last` and `returned` are adjoints of what the loop gave."""
+def run_backward(tape: Tape, last: list[Tensor | None], stacked: Sequence[Tensor | None]) -> Adjoints:
+    """Runs the adjoint of every step, the last first; `last` and `stacked` are adjoints of what the loop gave."""
     steps = len(tape.bound)
+    by_step = [[None] * steps if grad is None else _by_step(grad) for grad in stacked]
     final = tape.bound[-1]
     adjoints = Adjoints(final.adjoints_of_carried(last), final.adjoints_of_shared(), [{} for _ in range(steps)])
     residuals: list[list[Tensor]] = tape.kept
@@ -132,7 +133,7 @@ def run_backward(tape: Tape, last: list[Tensor | None], returned: Sequence[list[
             if (index + 1) % tape.segment == 0 or index == steps - 1:
                 residuals = _recompute(tape, index - index % tape.segment, index + 1)
             saved = residuals.pop()
-        _step_back(bound, saved, bound.adjoints_of_returned(returned[index]), adjoints, index)
+        _step_back(bound, saved, bound.adjoints_of_returned([of[index] for of in by_step]), adjoints, index)
     return adjoints
 
 
@@ -205,13 +206,13 @@ class CompiledLoop(torch.autograd.Function):
     def forward(ctx: Any, ran: Ran, sources: Sources, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Returns what is carried out of the last step, then what the steps returned."""
         tape, last = ran.tape, ran.tape.bound[-1].after
-        ctx.sources, ctx.steps, ctx.count = sources, len(tape.bound), len(ran.carried)
+        ctx.sources, ctx.count = sources, len(ran.carried)
         taken = {id(tensor) for tensor in inputs}
         results = []
         for value in (*ran.carried, *ran.stacked):
             results.append(value.clone() if id(value) in taken else value)
             taken.add(id(results[-1]))
-        ctx.record, kept = tape.recorded(results)
+        ctx.record, kept = tape.recorded()
         ctx.save_for_backward(*inputs, *kept)
         still = [value for value, slot in zip(results, last.slots, strict=False) if slot not in last.active]
         ctx.mark_non_differentiable(*still, *(value for value in results if not value.is_floating_point()))
@@ -224,9 +225,7 @@ class CompiledLoop(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, kept = list(saved[: len(ctx.needs_input_grad) - 2]), list(saved[len(ctx.needs_input_grad) - 2 :])
         with torch.no_grad():
-            by_step = [[None] * ctx.steps if grad is None else _by_step(grad) for grad in grads[ctx.count :]]
-            returned = [list(of) for of in zip(*by_step, strict=True)] or [[] for _ in range(ctx.steps)]
-            adjoints = ctx.record.backward(kept, list(grads[: ctx.count]), returned)
+            adjoints = ctx.record.backward(kept, list(grads[: ctx.count]), grads[ctx.count :])
         sources: Sources = ctx.sources
         found = [
             *(adjoints.carried[place] for place in sources.carried),

@@ -50,19 +50,19 @@ class LoopCompiler:
             rest = [run.rest(index, bound.step) for index, bound in enumerate(plan.plan)]
             tape = Tape(plan.plan, run.shared, rest, run.segment)
             ran, held = _run_by(plan, tape, run)
-            if not held or bool(torch.stack(held).all()):
+            if held:
                 return ran
         tape, carried, returned = self._planner.run(run, inputs, self._choice)
         self._plans[key] = NativeLoop(tape.bound, one_base=inputs.batches.is_uniform)
         return Ran(tape, carried, stacked(returned))
 
 
-def _run_by(plan: NativeLoop, tape: Tape, run: Run) -> tuple[Ran, list[Tensor]]:
+def _run_by(plan: NativeLoop, tape: Tape, run: Run) -> tuple[Ran, bool]:
     """Runs a loop in C++ where that is possible, else in Python; returns also whether conditions held."""
     if plan.can_run(tape, record=run.record):
         return plan.run(tape, run.carried, record=run.record)
     carried, returned, held = run_forward(tape, run.carried, record=run.record)
-    return Ran(tape, carried, stacked(returned)), held
+    return Ran(tape, carried, stacked(returned)), not held or bool(torch.stack(held).all())
 
 
 def _prepare(state: TrainState, inputs: LoopInputs, segment: int | None) -> Run:
