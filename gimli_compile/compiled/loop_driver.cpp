@@ -563,7 +563,7 @@ PyObject* forward(PyObject* given) {
 }
 
 // backward(steps, programs, order, segment, tape, carried, shared, returned) -> tensors: the adjoints of what is
-// carried into the first step, of what is shared, and of each step's batch. `returned` lead with the steps.
+// carried into the first step, of what is shared, and of each step's batch if any is. `returned` lead with the steps.
 PyObject* backward(PyObject* given) {
   const Loop loop = loop_of(item(given, 0), item(given, 1), item(given, 2), item(given, 3));
   const Tape& tape = in_capsule<const Tape>(item(given, 4), TAPE);
@@ -577,7 +577,11 @@ PyObject* backward(PyObject* given) {
   Object tensors = list();
   append_all(tensors.get(), adjoints.carried);
   append_all(tensors.get(), adjoints.shared);
-  for (const auto& of_step : adjoints.batches) append_all(tensors.get(), of_step);
+  const bool to_batches =
+      std::any_of(loop.steps.begin(), loop.steps.end(), [](const Step* step) { return !step->to_batch.empty(); });
+  if (to_batches) {
+    for (const auto& of_step : adjoints.batches) append_all(tensors.get(), of_step);
+  }
   return tensors.release();
 }
 

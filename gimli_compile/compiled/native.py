@@ -13,6 +13,8 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch._C._aoti as _aoti
+import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.binding import Bound
 from gimli_compile.compiled.lean import driver
@@ -31,6 +33,7 @@ class NativeLoop:
         self._distinct = list(dict.fromkeys(plan))
         place = {bound: index for index, bound in enumerate(self._distinct)}
         self._order = [place[bound] for bound in plan]
+        self._to_batches = any(bound.to_batch for bound in self._distinct)
 
     @functools.cached_property
     def _tables(self) -> list[Any]:
@@ -44,7 +47,7 @@ class NativeLoop:
 
         Hooks on saved tensors want to see all tensors that autograd keeps: they see those of the loop in Python.
         """
-        if record and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return False
         saves = record and tape.segment is None
         return all(saving if saves else plain for plain, saving, _ in self._entries())
@@ -76,8 +79,8 @@ class NativeLoop:
         found = iter(_tensors(driver().backward(*self._arguments(segment), kept, *given)))
         carried = list(islice(found, len(self.plan[0].before.slots)))
         shared = list(islice(found, len(adjoints[1])))
-        batches = [dict(enumerate(islice(found, len(bound.around.batch)))) for bound in self.plan]
-        return Adjoints(carried, shared, batches)
+        of_steps = self.plan if self._to_batches else ()
+        return Adjoints(carried, shared, [dict(enumerate(islice(found, len(one.around.batch)))) for one in of_steps])
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class NativeRecord:
 
 def _capsules(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Returns tensors as the driver takes them; it owns them from then on."""
-    made = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor for tensor in tensors if tensor is not None])
+    made = _aoti.unsafe_alloc_void_ptrs_from_tensors([tensor for tensor in tensors if tensor is not None])
     if len(made) == len(tensors):
         return made
     found = iter(made)
@@ -139,7 +142,7 @@ def _capsules(tensors: Sequence[Tensor | None]) -> list[Any]:
 
 def _tensors(capsules: Sequence[Any]) -> list[Any]:
     """Returns the tensors that the driver gave."""
-    found = iter(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in capsules if one is not None]))
+    found = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in capsules if one is not None]))
     return [None if one is None else next(found) for one in capsules]
 
 
