@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 
 namespace gimli {
@@ -35,6 +36,7 @@ struct Handle {
 
 inline int64_t item_size(int32_t dtype) {
   constexpr int8_t sizes[] = {1, 1, 2, 4, 8, 2, 4, 8, 4, 8, 16, 1, 1, 1, 4, 2};  // by the number of torch's ScalarType
+  if (dtype < 0 || dtype > 15) throw std::runtime_error("a compiled loop does not know the size of this dtype");
   return sizes[dtype];
 }
 
