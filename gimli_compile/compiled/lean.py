@@ -32,6 +32,7 @@ _KNOWN = {
     *("AOTI_TORCH_ERROR_CODE_CHECK", "aoti_torch_empty_strided", "aoti_torch_new_tensor_handle"),
     *(f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")),
 }
+_INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
 _VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
 _MODULE = """
 extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }
@@ -43,8 +44,7 @@ PyMODINIT_FUNC PyInit_inductor_entry_cpp(void) { return PyModule_Create(&gimli_m
 @functools.cache
 def driver() -> Any:
     """Builds the driver of loops, once on a machine, and imports it."""
-    source = _text("loop_driver.cpp").replace('#include "lean_runtime.h"\n', _text("lean_runtime.h"))
-    path = CppCodeCache.load(source, device_type="cpu")._name
+    path = CppCodeCache.load(_text("loop_driver.cpp"), device_type="cpu")._name
     spec = importlib.util.spec_from_file_location("loop_driver", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -54,7 +54,9 @@ def driver() -> Any:
 
 @functools.cache
 def _text(name: str) -> str:
-    return Path(__file__).with_name(name).read_text()
+    """Returns the text of a file, with those of this folder that it includes."""
+    text = Path(__file__).with_name(name).read_text()
+    return _INCLUDE.sub(lambda found: _text(found[1]), text)
 
 
 @dataclass(frozen=True)
