@@ -21,6 +21,11 @@ def refuse_shared_memory(params: Mapping[str, Tensor], held: Mapping[str, Any], 
     Raises:
         CaptureError: two tensors overlap; the message names both.
     """
+    with torch._C.DisableTorchFunction():  # who watches calls need not see these
+        _refuse(params, held, what)
+
+
+def _refuse(params: Mapping[str, Tensor], held: Mapping[str, Any], what: str) -> None:
     found: dict[Any, list[tuple[str, Tensor]]] = {}
     named = [(f"the parameter {name!r}", value) for name, value in params.items()]
     named += [(f"the {what} {path!r}", value) for path, value in held.items()]

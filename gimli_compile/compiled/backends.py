@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +18,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gimli_compile.compiled.cpp_builds import Entry, built_at_once, built_beside
+from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, built_beside
+from gimli_compile.compiled.lean import LeanProgram, lean_programs
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
 from gimli_compile.metadata import FAKE
@@ -23,6 +27,42 @@ from gimli_compile.metadata import FAKE
 Tensor = torch.Tensor
 Executable = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Callable[[fx.GraphModule], Executable]
+# What the Python around a library's function uses where all it does is to pass tensors on.
+_PASSING_ON = {
+    *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
+    *("unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"),
+}
+
+
+@dataclass(frozen=True)
+class NativeProgram:
+    """An executable that Inductor made for the CPU."""
+
+    call: Executable
+
+    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Runs it from Python."""
+        return self.call(inputs)
+
+    @property
+    def entry(self) -> int:
+        """Where its lean program (`lean.py`) begins, which the loop in C++ calls; 0 if it is not one, or not yet.
+
+        It is one if all that its Python does is to pass tensors on.
+        """
+        code, cells = getattr(self.call, "__code__", None), getattr(self.call, "__closure__", None) or ()
+        held = [cell.cell_contents for cell in cells]
+        found = [one for one in (_made(value) for value in held) if isinstance(one, LeanProgram)]
+        return found[0].entry if code and len(found) == 1 and _PASSING_ON.issuperset(code.co_names) else 0
+
+
+def _made(value: Any) -> Any:
+    return value.made if isinstance(value, Pending) else value
+
+
+def entry_of(executable: Executable) -> int:
+    """Returns the address at which C++ can call an executable; 0 if it cannot, or not yet."""
+    return getattr(executable, "entry", 0)
 
 
 def run_in_python(module: fx.GraphModule) -> Executable:
@@ -67,9 +107,11 @@ def _compiled(module: fx.GraphModule) -> Executable:
     output = next(iter(lowered.graph.find_nodes(op="output")))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
-    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad():
+    lean = lean_programs() if native else nullcontext()
+    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad(), lean:
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
-    return getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
+    call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
+    return NativeProgram(call) if native else call
 
 
 BACKENDS: dict[str, Backend] = {

@@ -29,6 +29,11 @@ class Pending:
         """Runs the machine code."""
         return self._entry(*handles)
 
+    @property
+    def made(self) -> Entry | None:
+        """The entry point, once the first call has waited for it."""
+        return None if self._entry == self._first else self._entry
+
     def _first(self, *handles: Any) -> Any:
         try:
             self._entry = self._wait()

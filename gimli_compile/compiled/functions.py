@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from gimli_compile.collecting import rare_collections
-from gimli_compile.compiled.backends import Backend, Executable
+from gimli_compile.compiled.backends import Backend, Executable, entry_of
 from gimli_compile.compiled.halves import Function, Halves, Lanes, halves
 from gimli_compile.compiled.verification import verified
 
@@ -67,3 +67,9 @@ class CompiledFunction:
         """Computes the adjoints from residuals, the adjoints of the results, and accumulators."""
         assert self.halves.backward is not None
         return self._build(self.halves.backward, f"adjoint of {self._what}")
+
+    def entries(self) -> tuple[int, int, int]:
+        """Returns the addresses of `plain`, `saving` and `backward`; 0 of what is not built or cannot be called yet."""
+        built = (self.__dict__.get(name) for name in ("plain", "saving", "backward"))
+        plain, saving, backward = (0 if one is None else entry_of(one) for one in built)
+        return plain, saving, backward

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,6 +32,51 @@ class Tape:
     def starts_segment(self, step: int) -> bool:
         """Tells whether what is carried into a step is kept."""
         return self.segment is not None and step % self.segment == 0
+
+    def recorded(self) -> tuple[Record, list[Tensor]]:
+        """Returns what the way back has to know, and the tensors that autograd keeps for it."""
+        # What recomputation starts from is needed only where there is any.
+        parts = [*self.kept] if self.segment is None else [*self.kept, self.shared, *self.rest]
+        sizes = tuple(len(part) for part in parts)
+        return TapeRecord(self.bound, self.segment, sizes), list(chain.from_iterable(parts))
+
+
+class AnyTape(Protocol):
+    """What a loop that ran left for the way back."""
+
+    @property
+    def bound(self) -> Sequence[Bound]:
+        """The steps."""
+        ...
+
+    def recorded(self) -> tuple[Record, list[Tensor]]:
+        """Returns what the way back has to know, and the tensors that autograd keeps for it."""
+        ...
+
+
+class Record(Protocol):
+    """What the way back knows of a loop besides tensors."""
+
+    def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
+        """Runs the adjoints of the steps on the tensors that autograd kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class TapeRecord:
+    """What the way back knows of a tape; `sizes` are those of its parts."""
+
+    bound: Sequence[Bound]
+    segment: int | None
+    sizes: tuple[int, ...]
+
+    def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
+        """Runs the adjoints of the steps."""
+        tensors, steps = iter(kept), len(self.bound)
+        parts = [list(islice(tensors, size)) for size in self.sizes]
+        count = steps if self.segment is None else -(-steps // self.segment)
+        states, (shared, *rest) = parts[:count], parts[count:] or [[]]
+        return run_backward(Tape(self.bound, shared, rest, self.segment, states), last, stacked)
 
 
 def run_forward(tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[list[Tensor], list[list[Tensor]], Any]:
@@ -73,9 +118,10 @@ class Adjoints:
     batches: list[dict[int, Tensor]]
 
 
-def run_backward(tape: Tape, last: list[Tensor | None], returned: Sequence[list[Tensor | None]]) -> Adjoints:
-    """Runs the adjoint of every step, the last first; `last` and `returned` are adjoints of what the loop gave."""
+def run_backward(tape: Tape, last: list[Tensor | None], stacked: Sequence[Tensor | None]) -> Adjoints:
+    """Runs the adjoint of every step, the last first; `last` and `stacked` are adjoints of what the loop gave."""
     steps = len(tape.bound)
+    by_step = [[None] * steps if grad is None else _by_step(grad) for grad in stacked]
     final = tape.bound[-1]
     adjoints = Adjoints(final.adjoints_of_carried(last), final.adjoints_of_shared(), [{} for _ in range(steps)])
     residuals: list[list[Tensor]] = tape.kept
@@ -87,7 +133,7 @@ def run_backward(tape: Tape, last: list[Tensor | None], returned: Sequence[list[
             if (index + 1) % tape.segment == 0 or index == steps - 1:
                 residuals = _recompute(tape, index - index % tape.segment, index + 1)
             saved = residuals.pop()
-        _step_back(bound, saved, bound.adjoints_of_returned(returned[index]), adjoints, index)
+        _step_back(bound, saved, bound.adjoints_of_returned([of[index] for of in by_step]), adjoints, index)
     return adjoints
 
 
@@ -143,9 +189,14 @@ class Sources:
 class Ran:
     """A loop that ran: its tape, what was carried out of it, and what the steps returned, stacked in the last place."""
 
-    tape: Tape
+    tape: AnyTape
     carried: list[Tensor]
     stacked: list[Tensor]
+
+
+def stacked(returned: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Returns what the steps returned, stacked in the last place."""
+    return [torch.stack(values, -1) for values in zip(*returned, strict=True)]
 
 
 class CompiledLoop(torch.autograd.Function):
@@ -155,16 +206,14 @@ class CompiledLoop(torch.autograd.Function):
     def forward(ctx: Any, ran: Ran, sources: Sources, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Returns what is carried out of the last step, then what the steps returned."""
         tape, last = ran.tape, ran.tape.bound[-1].after
-        ctx.sources, ctx.bound, ctx.segment, ctx.count = sources, tape.bound, tape.segment, len(ran.carried)
-        # What recomputation starts from is needed only where there is any.
-        parts = [*tape.kept] if tape.segment is None else [*tape.kept, tape.shared, *tape.rest]
-        ctx.sizes = [len(part) for part in parts]
-        ctx.save_for_backward(*inputs, *chain.from_iterable(parts))
+        ctx.sources, ctx.count = sources, len(ran.carried)
         taken = {id(tensor) for tensor in inputs}
         results = []
         for value in (*ran.carried, *ran.stacked):
             results.append(value.clone() if id(value) in taken else value)
             taken.add(id(results[-1]))
+        ctx.record, kept = tape.recorded()
+        ctx.save_for_backward(*inputs, *kept)
         still = [value for value, slot in zip(results, last.slots, strict=False) if slot not in last.active]
         ctx.mark_non_differentiable(*still, *(value for value in results if not value.is_floating_point()))
         ctx.set_materialize_grads(False)
@@ -173,15 +222,10 @@ class CompiledLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Runs the adjoints of the steps."""
-        saved, steps = iter(ctx.saved_tensors), len(ctx.bound)
-        inputs = list(islice(saved, len(ctx.needs_input_grad) - 2))
-        parts = [list(islice(saved, size)) for size in ctx.sizes]
-        count = steps if ctx.segment is None else -(-steps // ctx.segment)
-        kept, (shared, *rest) = parts[:count], parts[count:] or [[]]
-        tape = Tape(ctx.bound, shared, rest, ctx.segment, kept)
+        saved = ctx.saved_tensors
+        inputs, kept = list(saved[: len(ctx.needs_input_grad) - 2]), list(saved[len(ctx.needs_input_grad) - 2 :])
         with torch.no_grad():
-            stacked = [[None] * steps if grad is None else _by_step(grad) for grad in grads[ctx.count :]]
-            adjoints = run_backward(tape, list(grads[: ctx.count]), [list(of) for of in zip(*stacked, strict=True)])
+            adjoints = ctx.record.backward(kept, list(grads[: ctx.count]), grads[ctx.count :])
         sources: Sources = ctx.sources
         found = [
             *(adjoints.carried[place] for place in sources.carried),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from gimli_compile.compiled.backends import BACKENDS
-from gimli_compile.compiled.binding import Around, Bound, Carried
+from gimli_compile.compiled.binding import Around, Carried
 from gimli_compile.compiled.choice import Choice, LoopInputs
 from gimli_compile.compiled.functions import Builder
 from gimli_compile.compiled.inputs import build_state, forms, state_slots, state_values
-from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward
+from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward, stacked
+from gimli_compile.compiled.native import NativeLoop
 from gimli_compile.compiled.planning import Planner, Run
 from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
@@ -27,7 +27,7 @@ class LoopCompiler:
     def __init__(self, choice: Choice, backend: str, *, verify: bool) -> None:
         self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify))
-        self._plans: dict[Any, Sequence[Bound]] = {}
+        self._plans: dict[Any, NativeLoop] = {}
 
     def unroll(self, state: TrainState, inputs: LoopInputs, *, segment: int | None) -> tuple[TrainState, Any]:
         """Returns the last state, and what the steps returned, stacked in the last dimension.
@@ -47,14 +47,22 @@ class LoopCompiler:
         """Runs by the plan that is known; where there is none, or its conditions fail, while making one."""
         plan = self._plans.get(key)
         if plan is not None:
-            rest = [run.rest(index, bound.step) for index, bound in enumerate(plan)]
-            tape = Tape(plan, run.shared, rest, run.segment)
-            carried, returned, held = run_forward(tape, run.carried, record=run.record)
-            if not held or bool(torch.stack(held).all()):
-                return Ran(tape, carried, _stacked(returned))
+            rest = [run.rest(index, bound.step) for index, bound in enumerate(plan.plan)]
+            tape = Tape(plan.plan, run.shared, rest, run.segment)
+            ran, held = _run_by(plan, tape, run)
+            if held:
+                return ran
         tape, carried, returned = self._planner.run(run, inputs, self._choice)
-        self._plans[key] = tape.bound
-        return Ran(tape, carried, _stacked(returned))
+        self._plans[key] = NativeLoop(tape.bound, one_base=inputs.batches.is_uniform)
+        return Ran(tape, carried, stacked(returned))
+
+
+def _run_by(plan: NativeLoop, tape: Tape, run: Run) -> tuple[Ran, bool]:
+    """Runs a loop in C++ where that is possible, else in Python; returns also whether conditions held."""
+    if plan.can_run(tape, record=run.record):
+        return plan.run(tape, run.carried, record=run.record)
+    carried, returned, held = run_forward(tape, run.carried, record=run.record)
+    return Ran(tape, carried, stacked(returned)), not held or bool(torch.stack(held).all())
 
 
 def _prepare(state: TrainState, inputs: LoopInputs, segment: int | None) -> Run:
@@ -93,10 +101,6 @@ def _around(
         for slots, of in zip((state, shared, batch), flags, strict=True)
     )
     return Carried(state, active), Around(shared, batch, wanted[0] | wanted[1])
-
-
-def _stacked(returned: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(values, -1) for values in zip(*returned, strict=True)]
 
 
 def _recorded(ran: Ran, run: Run) -> list[Tensor]:

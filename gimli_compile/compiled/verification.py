@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from gimli_compile.compiled.backends import Backend, Executable
+from gimli_compile.compiled.backends import Backend, Executable, entry_of
 from gimli_compile.errors import CompileError, compose_message
 
 Tensor = torch.Tensor
@@ -25,20 +26,33 @@ def verified(backend: Backend, module: fx.GraphModule, what: str) -> Executable:
     Raises:
         CompileError: (the first call) a result differs; the message names the first operator that does.
     """
-    executable = backend(module)
-    checked: list[bool] = []
+    return _Verified(backend, module, what, backend(module))
 
-    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
-        if checked:
-            return executable(inputs)
+
+@dataclass
+class _Verified:
+    """An executable that compares itself with its graph once. Until then, only Python can call it."""
+
+    backend: Backend
+    module: fx.GraphModule
+    what: str
+    executable: Executable
+    checked: bool = False
+
+    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        if self.checked:
+            return self.executable(inputs)
         kept = [value.clone() for value in inputs]
-        found = list(executable(inputs))
-        if _is_wrong(found, module, kept):
-            raise _mismatch(backend, module, kept, what)
-        checked.append(True)
+        found = list(self.executable(inputs))
+        if _is_wrong(found, self.module, kept):
+            raise _mismatch(self.backend, self.module, kept, self.what)
+        self.checked = True
         return found
 
-    return run
+    @property
+    def entry(self) -> int:
+        """The address at which C++ can call it."""
+        return entry_of(self.executable) if self.checked else 0
 
 
 def _is_wrong(found: Sequence[Tensor], module: fx.GraphModule, inputs: list[Tensor]) -> bool:

@@ -1,0 +1,121 @@
+"""Programs of Inductor on plain memory instead of tensors of torch: what runs in loops without Python between steps.
+
+Inductor writes the text of a program for tensors of torch, of which a small program makes a hundred: they, and the way
+of small products through the dispatcher, take most of its time. Where the text says nothing that `lean_program.h` does
+not know, it is compiled with another meaning of the same words: memory that a pool keeps, and products by kernels of
+its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch._inductor.codecache import CppCodeCache, CppWrapperCodeCache
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+_BEGIN, _END = "void inductor_entry_impl(", "} // inductor_entry_impl"
+_HEADER = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n"
+_KERNELS = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+_RELEASE = "py::gil_scoped_release_simple release;"  # the driver does that once
+# What the text may call, besides kernels of its own and the names of its variables.
+_KNOWN = {
+    *("inductor_entry_impl", "steal_from_raw_handles_to_raii_handles", "move", "reset", "release", "data_ptr"),
+    *("assert_size_stride", "reinterpret_tensor_wrapper", "wrap_with_raii_handle_if_needed", "RAIIAtenTensorHandle"),
+    *("AOTI_TORCH_ERROR_CODE_CHECK", "aoti_torch_empty_strided", "aoti_torch_new_tensor_handle"),
+    *(f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")),
+}
+_INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
+_VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
+_MODULE = """
+extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }
+static struct PyModuleDef gimli_module = {PyModuleDef_HEAD_INIT, "inductor_entry_cpp", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_inductor_entry_cpp(void) { return PyModule_Create(&gimli_module); }
+"""
+
+
+@functools.cache
+def driver() -> Any:
+    """Builds the driver of loops, once on a machine, and imports it."""
+    path = CppCodeCache.load(_text("loop_driver.cpp"), device_type="cpu")._name
+    spec = importlib.util.spec_from_file_location("loop_driver", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _text(name: str) -> str:
+    """Returns the text of a file, with those of this folder that it includes."""
+    text = Path(__file__).with_name(name).read_text()
+    return _INCLUDE.sub(lambda found: _text(found[1]), text)
+
+
+@dataclass(frozen=True)
+class LeanProgram:
+    """A program as Python calls it: with handles of tensors of torch in capsules. `entry` is its address."""
+
+    library: ctypes.CDLL
+    entry: int
+    results: int
+
+    def __call__(self, handles: Sequence[Any]) -> list[Any]:
+        """Runs it; what it returns, torch owns."""
+        return driver().call(self.entry, handles, self.results)
+
+
+@contextmanager
+def lean_programs() -> Iterator[None]:
+    """Within this, programs that Inductor writes for the CPU are lean where their text and the compiler allow.
+
+    The compiler has to know vector instructions, which the products are made of.
+    """
+    build = CppWrapperCodeCache.load_pybinding_async
+
+    def load(*args: Any, submit_fn: Any = None, **options: Any) -> Callable[[], Any]:
+        text, count = options.get("main_code", ""), options.get("num_outputs", -1)
+        fits = not args and options.get("kernel_code") is None and bool(pick_vec_isa())
+        lean = lean_text(text) if fits else None
+        if lean is None:
+            return build(*args, submit_fn=submit_fn, **options)
+        made = CppWrapperCodeCache.load_async(lean, "cpu", submit_fn, needs_vec_isa=True)
+        return lambda: _loaded(made(), count)
+
+    with mock.patch.object(CppWrapperCodeCache, "load_pybinding_async", load):
+        yield
+
+
+def lean_text(text: str) -> str | None:
+    """Returns the text of a lean program; None where it says what is not known."""
+    begin, end = text.find(_BEGIN), text.find(_END)
+    if begin < 0 or end < 0 or _HEADER not in text:
+        return None
+    called = set(re.findall(r"(\w+)\s*\(", text[begin:end]))
+    if any(name not in _KNOWN and not _VARIABLE.fullmatch(name) for name in called):
+        return None
+    if _RELEASE not in text:
+        return None
+    program = text.replace(_HEADER, "", 1).replace(_RELEASE, "", 1).replace(_BEGIN, 'extern "C" void gimli_program(', 1)
+    headers = (
+        _HEADER,
+        "#include <torch/csrc/inductor/cpp_prefix.h>\n",
+        _text("lean_runtime.h"),
+        _text("lean_program.h"),
+    )
+    return "".join((*headers, program, _MODULE))
+
+
+def _loaded(module: Any, results: int) -> LeanProgram:
+    """Returns the lean program in a compiled module."""
+    library = ctypes.CDLL(module.__file__)
+    library.gimli_attach(ctypes.c_void_p(driver().runtime()))
+    return LeanProgram(library, ctypes.cast(library.gimli_program, ctypes.c_void_p).value or 0, results)

@@ -1,0 +1,166 @@
+"""The loop over compiled steps in C++ (`loop_driver.cpp`), for lean programs (`lean.py`).
+
+It does what `loop.py` does in Python, on the same tables. Python runs a loop where a program was not compared with its
+graph yet, or is not lean.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch._C._aoti as _aoti
+import torch._C._autograd as _autograd
+
+from gimli_compile.compiled.binding import Bound
+from gimli_compile.compiled.lean import driver
+from gimli_compile.compiled.loop import Adjoints, Ran, Record, Tape, run_backward
+
+Tensor = torch.Tensor
+
+
+class NativeLoop:
+    """The plan of a loop as the tables of the driver."""
+
+    def __init__(self, plan: Sequence[Bound], *, one_base: bool) -> None:
+        """Makes the tables; `one_base` tells whether the batches of all steps are parts of the same tensors."""
+        self.plan = plan
+        self._one_base = one_base
+        self._distinct = list(dict.fromkeys(plan))
+        place = {bound: index for index, bound in enumerate(self._distinct)}
+        self._order = [place[bound] for bound in plan]
+        self._to_batches = any(bound.to_batch for bound in self._distinct)
+
+    @functools.cached_property
+    def _tables(self) -> list[Any]:
+        return [driver().step(*_table(bound)) for bound in self._distinct]
+
+    def _entries(self) -> list[tuple[int, int, int]]:
+        return [bound.compiled.entries() for bound in self._distinct]
+
+    def can_run(self, tape: Tape, *, record: bool) -> bool:
+        """Tells whether the driver can run this loop forward.
+
+        Hooks on saved tensors want to see all tensors that autograd keeps: they see those of the loop in Python.
+        """
+        if record and _autograd._top_saved_tensors_default_hooks(True) is not None:
+            return False
+        saves = record and tape.segment is None
+        return all(saving if saves else plain for plain, saving, _ in self._entries())
+
+    def can_run_back(self, segment: int | None) -> bool:
+        """Tells whether the driver can run the adjoints of a loop."""
+        return all(backward and (segment is None or saving) for _, saving, backward in self._entries())
+
+    def _arguments(self, segment: int | None) -> tuple[Any, ...]:
+        return self._tables, self._entries(), self._order, segment or 0
+
+    def run(self, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool]:
+        """Runs a loop; returns what it gave, and whether the conditions of all steps held."""
+        rest = [_capsules(of_step) for of_step in tape.rest]
+        given = (int(record), _capsules(carried), _capsules(tape.shared), rest, int(self._one_base))
+        last, stacked, watched, held, kept = driver().forward(*self._arguments(tape.segment), *given)
+        return Ran(NativeTape(self, tape.segment, kept, _tensors(watched)), _tensors(last), _tensors(stacked)), held
+
+    def backward(self, kept: Any, segment: int | None, last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
+        """Runs the adjoints of all steps on the tape that the driver made."""
+        if not self.can_run_back(segment):
+            residuals, shared, rest = driver().contents(kept)
+            parts = [list(map(_tensors, part)) for part in (rest, residuals)]
+            return run_backward(Tape(self.plan, _tensors(shared), parts[0], segment, parts[1]), last, stacked)
+        final = self.plan[-1]
+        adjoints = (final.adjoints_of_carried(last), final.adjoints_of_shared())
+        by_step = [None if grad is None else grad.movedim(-1, 0).contiguous() for grad in stacked]
+        given = map(_capsules, (*adjoints, by_step))
+        found = iter(_tensors(driver().backward(*self._arguments(segment), kept, *given)))
+        carried = list(islice(found, len(self.plan[0].before.slots)))
+        shared = list(islice(found, len(adjoints[1])))
+        of_steps = self.plan if self._to_batches else ()
+        return Adjoints(carried, shared, [dict(enumerate(islice(found, len(one.around.batch)))) for one in of_steps])
+
+
+@dataclass(frozen=True)
+class NativeTape:
+    """What the driver kept of a loop, and the tensors of it that others may change, which autograd notices."""
+
+    loop: NativeLoop
+    segment: int | None
+    kept: Any
+    watched: list[Tensor]
+
+    @property
+    def bound(self) -> Sequence[Bound]:
+        """The steps."""
+        return self.loop.plan
+
+    def recorded(self) -> tuple[Record, list[Tensor]]:
+        """Returns what the way back has to know, and the tensors that autograd keeps for it.
+
+        The last of these has no elements. It holds the tape, which goes when autograd lets go of what it keeps.
+        """
+        return NativeRecord(self.loop, self.segment), [*self.watched, _holder(self.kept)]
+
+
+class _Holder(Tensor):
+    """A tensor without elements, and a tape."""
+
+    tape: Any
+
+
+def _holder(tape: Any) -> Tensor:
+    holder = torch.empty(0).as_subclass(_Holder)
+    holder.tape = tape
+    return holder
+
+
+@dataclass(frozen=True)
+class NativeRecord:
+    """What the way back knows of a loop of the driver."""
+
+    loop: NativeLoop
+    segment: int | None
+
+    def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
+        """Runs the adjoints of the steps."""
+        holder = kept[-1]
+        assert isinstance(holder, _Holder)
+        return self.loop.backward(holder.tape, self.segment, last, stacked)
+
+
+def _capsules(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Returns tensors as the driver takes them; it owns them from then on."""
+    made = _aoti.unsafe_alloc_void_ptrs_from_tensors([tensor for tensor in tensors if tensor is not None])
+    if len(made) == len(tensors):
+        return made
+    found = iter(made)
+    return [None if tensor is None else next(found) for tensor in tensors]
+
+
+def _tensors(capsules: Sequence[Any]) -> list[Any]:
+    """Returns the tensors that the driver gave."""
+    found = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in capsules if one is not None]))
+    return [None if one is None else next(found) for one in capsules]
+
+
+def _table(bound: Bound) -> tuple[Any, ...]:
+    """Returns the tables of a step, as `step` in the driver takes them."""
+    halves, returned = bound.compiled.halves, [bound.compiled.halves.results[place] for place in bound.returned]
+    sizes = (bound.pool_size, len(bound.before.slots), len(bound.around.batch))
+    results = (len(halves.results), _count_saved(bound), len(halves.found))
+    return (
+        (*sizes, *results, -1 if bound.held is None else bound.held),
+        *(bound.take, bound.carry, bound.returned, halves.residuals, bound.accumulators, bound.seeds),
+        *(bound.passed, bound.to_carried, bound.to_shared, bound.to_batch, bound.unused),
+        _capsules([bound.zero(place) for place in bound.unused]),
+        _capsules(bound.adjoints_of_returned([None] * len(returned))),
+    )
+
+
+def _count_saved(bound: Bound) -> int:
+    """Returns how many values a step computes for the way back: its results, and the fresh residuals."""
+    results = len(bound.compiled.halves.results)
+    return max((len(bound.take) + results, *(place + 1 for place in bound.compiled.halves.residuals))) - len(bound.take)

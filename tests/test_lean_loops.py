@@ -1,0 +1,276 @@
+"""Loops that run in C++ on lean programs: what Python's loop gives, bit for bit, and what the live code gives."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from gimli_compile.compiled import backends, native
+from gimli_compile.compiled.backends import compile_with_inductor, entry_of
+from gimli_compile.compiled.halves import trace
+from gimli_compile.compiled.lean import lean_text
+from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, differentiated, held
+
+pytestmark = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
+
+LOOPS = {
+    "adamw": CASES["adamw"],
+    "lookahead": CASES["lookahead"],
+    "meta and batches, tasks": CASES["meta and batches, tasks"],
+    "checkpoint 2": CASES["checkpoint 2"],
+    "truncate": CASES["truncate"],
+    "train step": CASES["train step"],
+    "held gradients, recomputed": Case(train_step=held, options={"checkpoint": "step"}),
+}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the loops that the driver ran, forward and back."""
+    counts = {"forward": 0, "backward": 0}
+
+    class Counting:
+        def __getattr__(self, name):
+            counts[name] = counts.get(name, 0) + 1
+            return getattr(driver, name)
+
+    driver = native.driver()
+    monkeypatch.setattr(native, "driver", Counting)
+    return counts
+
+
+def in_python(monkeypatch, run):
+    """Runs something with Python's loop."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native.NativeLoop, "can_run", lambda *_, **__: False)
+        return run()
+
+
+def compiled(case):
+    fn = case.functionalized()
+    tasks = {} if case.tasks is None else {"tasks": True}
+    fn.unroll(fn.init(), case.batches(), meta=case.meta, **tasks)
+    return fn, differentiated(fn.hyperparameters())
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_driver_gives_what_the_loop_in_python_gives(name, runs, monkeypatch):
+    case = LOOPS[name]
+    fn, hyper = compiled(case)
+    expected = case.run(fn, hyper)
+    fast = fn.compile("inductor")
+    case.run(fast, hyper)  # programs compare themselves with their graphs: in Python
+    assert runs == {"forward": 0, "backward": 0}
+    found = case.run(fast, hyper)
+    loops = 2 if "truncate" in case.options else 1
+    assert runs["backward"] == 1 and runs["forward"] == loops
+    same = in_python(monkeypatch, lambda: case.run(fast, hyper))
+    for one, other, live in zip(found, same, expected, strict=True):
+        assert_agree(one, other, 0)
+        assert_agree(one, live, 1e-10)
+
+
+def test_float32_and_a_tape_for_the_loop_in_python(runs, monkeypatch):
+    """What the driver kept can be gone back through in Python, which is so where an adjoint did not run yet."""
+    case = Case()
+    fn = case.functionalized(torch.float32)
+    fn.unroll(fn.init(), case.batches(torch.float32))
+    hyper = differentiated(fn.hyperparameters())
+    fast = fn.compile("inductor")
+    expected = case.run(fn, hyper, torch.float32)
+    for options in ({}, {"checkpoint": 2}):
+        case = Case(options=options)
+        case.run(fast, hyper, torch.float32)
+        found = case.run(fast, hyper, torch.float32)
+        runs.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(native.NativeLoop, "can_run_back", lambda *_: False)
+            same = case.run(fast, hyper, torch.float32)
+        assert runs["forward"] == 1 and "backward" not in runs
+        for one, other, live in zip(found, same, expected, strict=True):
+            assert_agree(one, other, 0)
+            assert_agree(one, live, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """A compiled function whose programs ran."""
+    case = Case(optimizer=adamw)
+    fn, hyper = compiled(case)
+    made = fn.compile("inductor")
+    case.run(made, hyper)
+    return case, made, hyper
+
+
+def unrolled(fast, batches=None):
+    case, fn, hyper = fast
+    state = fn.init()
+    state.params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
+    last, _ = fn.unroll(state, case.batches() if batches is None else batches, hyper)
+    return state, last
+
+
+@pytest.mark.parametrize("changed", ["parameters", "batches", "hyperparameters"])
+def test_what_is_changed_before_the_backward_pass_is_noticed(fast, changed, runs):
+    batches = fast[0].batches()
+    state, last = unrolled(fast, batches)
+    assert runs["forward"] == 1
+    with torch.no_grad():
+        values = {
+            "parameters": state.params["0.weight"],
+            "batches": batches[0],
+            "hyperparameters": fast[2][0]["betas"][1],
+        }
+        values[changed].mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        last.params["0.weight"].sum().backward()
+
+
+def test_results_may_be_changed(fast):
+    """They are no part of the tape."""
+    state, last = unrolled(fast)
+    expected = torch.autograd.grad(last.params["0.weight"].sum(), state.params["0.weight"], retain_graph=True)
+    outcome = last.params["0.weight"].sum()
+    with torch.no_grad():
+        for value in (*last.params.values(), *last.opt_state.values()):
+            value.zero_()
+    assert_agree(torch.autograd.grad(outcome, state.params["0.weight"]), expected, 0)
+
+
+def test_a_tape_goes_with_the_graph(fast, monkeypatch):
+    """The backward pass frees it, or the last tensor that the loop gave: nothing refers to itself."""
+    holders = []
+    make = native._holder
+    monkeypatch.setattr(native, "_holder", lambda tape: holders.append(weakref.ref(made := make(tape))) or made)
+    gc.disable()
+    try:
+        state, last = unrolled(fast)
+        assert holders[-1]() is not None
+        outcome = last.params["0.weight"].sum()
+        torch.autograd.grad(outcome, state.params["0.weight"], retain_graph=True)
+        torch.autograd.grad(outcome, state.params["0.weight"])
+        assert holders[-1]() is None and last is not None
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(outcome, state.params["0.weight"])
+        state, last = unrolled(fast)
+        del state, last
+        assert holders[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_hooks_on_saved_tensors_see_those_of_the_loop(fast, runs):
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: packed.append(value) or value, lambda value: value):
+        state, last = unrolled(fast)
+    assert runs["forward"] == 0 and len(packed) > 20
+    found = torch.autograd.grad(last.params["0.weight"].sum(), state.params["0.weight"])
+    state, last = unrolled(fast)
+    assert runs["forward"] == 1
+    assert_agree(found, torch.autograd.grad(last.params["0.weight"].sum(), state.params["0.weight"]), 0)
+
+
+def test_without_gradients(fast, runs):
+    case, fn, _ = fast
+    with torch.no_grad():
+        fn.unroll(fn.init(), case.batches())
+        assert runs["forward"] == 0
+        found, losses = fn.unroll(fn.init(), case.batches())
+    assert runs["forward"] == 1
+    _, last = unrolled(fast)
+    assert_agree(list(found.params.values()), list(last.params.values()), 1e-14)
+    assert losses.shape == (5,)
+
+
+def test_what_has_other_operators_runs_in_python(runs):
+    case = CASES["max-pool"]
+    fn, hyper = compiled(case)
+    fast = fn.compile("inductor")
+    results = [case.run(fast, hyper) for _ in range(2)]
+    assert runs["forward"] == 0
+    assert_agree(pytree.tree_leaves(results[0]), pytree.tree_leaves(results[1]), 0)
+
+
+def test_a_text_that_says_more_is_not_lean():
+    begin, end = "void inductor_entry_impl(", "} // inductor_entry_impl"
+    known = f"#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n{begin}) {{ py::gil_scoped_release_simple release; "
+    assert lean_text(f"{known} auto buf0 = std::move(inputs[0]); {end}") is not None
+    assert lean_text(f"{known} aoti_torch_cpu_cumsum(buf0, 0); {end}") is None
+    assert lean_text("something else") is None
+
+
+def matrices(rows, columns, batch=()):
+    """Yields sizes of what is stored, and how to see a matrix in it: as it is, transposed, a part, every other row."""
+    yield (*batch, rows, columns), lambda x: x
+    yield (*batch, columns, rows), lambda x: x.mT
+    yield (*batch, rows + 3, columns + 2), lambda x: x[..., 3:, 1:-1]
+    yield (*batch, columns + 1, 2 * rows), lambda x: x[..., 1:, ::2].mT
+
+
+def sweep():
+    """Yields kind, stored sizes and views of left and right, and the size of what is added."""
+    sizes = [(16, 32, 64), (5, 16, 64), (16, 64, 5), (1, 7, 1), (3, 1, 40), (17, 9, 33), (40, 10, 1), (1, 20, 18)]
+    for rows, inner, columns in sizes:
+        for left, right in itertools.product(matrices(rows, inner), matrices(inner, columns)):
+            yield torch.mm, left, right, None
+        yield torch.addmm, *(next(matrices(*s)) for s in ((rows, inner), (inner, columns))), (columns,)
+        yield torch.addmm, *(next(matrices(*s)) for s in ((rows, inner), (inner, columns))), (rows, 1)
+    for rows, inner, columns in ((10, 40, 40), (10, 1, 40), (10, 40, 1), (40, 10, 3)):
+        for left, right in itertools.product(matrices(rows, inner, (6,)), matrices(inner, columns, (6,))):
+            yield torch.bmm, left, right, None
+        batched = [next(matrices(*s, (6,))) for s in ((rows, inner), (inner, columns))]
+        yield torch.baddbmm, *batched, (6, rows, columns)
+        yield torch.baddbmm, *batched, (columns,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products(dtype):
+    """All kinds of small products, of matrices and views of them with offsets, in one program."""
+    cases = list(sweep())
+
+    def function(*inputs: Any) -> Any:
+        given = iter(inputs)
+        results = []
+        kind: Any
+        for kind, (_, left), (_, right), added in cases:
+            a, b = left(next(given)), right(next(given))
+            results.append(kind(a, b) if added is None else kind(next(given), a, b))
+        return results
+
+    torch.manual_seed(0)
+    shapes = [shape for _, left, right, added in cases for shape in (left[0], right[0], *([added] if added else []))]
+    inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    program = compile_with_inductor(trace(function, inputs))
+    results = program(list(inputs))
+    assert entry_of(program)
+    exact = function(*(value.double() for value in inputs))
+    for (kind, left, right, added), found, expected in zip(cases, results, exact, strict=True):
+        tolerance = 1e-14 if dtype == torch.float64 else 2e-6
+        error = float((found.double() - expected).abs().max() / expected.abs().max())
+        assert error < tolerance, (kind, left[0], right[0], added, error)
+
+
+def test_large_products_and_other_types():
+    """Beyond some size, and for types without a kernel, torch multiplies."""
+
+    def function(a, b, c, d):
+        return [torch.mm(a, b), torch.addmm(a, a, b.mT), torch.mm(c, d.mT), torch.bmm(a[None], b[None])]
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(128, 128), torch.randn(128, 128), *(torch.randint(9, (4, 4)) for _ in range(2))]
+    program = compile_with_inductor(trace(function, inputs))
+    results = program(list(inputs))
+    assert entry_of(program)
+    assert_agree([one.double() for one in results], [one.double() for one in function(*inputs)], 1e-5)
+
+
+def test_other_strides_are_refused():
+    program = compile_with_inductor(trace(lambda a: [a.exp()], [torch.randn(3, 4)]))
+    with pytest.raises(RuntimeError, match="other sizes or strides"):
+        program([torch.randn(4, 3).t()])
