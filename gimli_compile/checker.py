@@ -109,8 +109,9 @@ def _check_carried(program: Program) -> Iterator[Fault]:
     for slot, node in zip(program.results, program.returned, strict=True):
         if slot.role in CARRIED and slot in inputs:
             before, after = inputs[slot].meta["val"], node.meta["val"]
-            same = slot.role is Role.STATE or before.shape == after.shape
-            if before.dtype != after.dtype or not same:
+            is_state = slot.role is Role.STATE
+            is_number = is_state and before.dim() == 0  # a number of Python's, which may become a tensor
+            if (before.dtype != after.dtype and not is_number) or not (is_state or before.shape == after.shape):
                 yield node, f"{slot} changes from {before.dtype} {tuple(before.shape)}"
 
 

@@ -1,7 +1,7 @@
 """What a train step leaves in what it reaches beside model and optimizer: counters, logs, caches.
 
 Variables that functions enclose and globals that they name, attributes of functions, classes, objects and modules. All
-is as before after a run. What a run left can be put there again, to see whether the next step reads it (`memory.py`).
+is as before after a run. What a run left can be put there again, to see whether the next step reads it (`step_memory`).
 """
 
 from __future__ import annotations

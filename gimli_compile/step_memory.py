@@ -28,6 +28,7 @@ from gimli_compile.row_gradients import as_rows
 from gimli_compile.side_effects import Change
 from gimli_compile.skeleton import leaves_of
 from gimli_compile.state import OptState, to_tensor
+from gimli_compile.update_capture import returned_tensors
 from gimli_compile.update_values import StepData, UpdateInputs, UpdateOutputs
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def _following(inputs: UpdateInputs, after: UpdateOutputs, *, moved: bool) -> Up
 def _results(outputs: UpdateOutputs) -> list[torch.Tensor]:
     leaves = sorted(leaves_of(outputs.skeleton), key=lambda leaf: leaf.path)
     values = [to_tensor(outputs.values[leaf.path], leaf.kind) for leaf in leaves]
-    named = (*outputs.params.values(), *outputs.buffers.values(), *outputs.grads.values())
+    returned = returned_tensors(outputs.returned)[1].values()
+    named = (*outputs.params.values(), *outputs.buffers.values(), *outputs.grads.values(), *returned)
     return [value.to_dense() if value.is_sparse else value for value in (*(v.detach() for v in named), *values)]
 
 

@@ -235,6 +235,12 @@ def test_a_carried_slot_of_another_shape(change):
     verify(carried(Role.STATE, change))
 
 
+def test_a_number_of_the_state_may_become_a_tensor():
+    slot = Slot(Role.STATE, "x")
+    program = record(lambda x: x.float().expand(2), {"x": torch.tensor(1.0, dtype=torch.float64)})
+    verify(replace(program, inputs=(slot,), results=(slot,)))
+
+
 def test_other_slots_may_change_their_form():
     slot = Slot(Role.BATCH, "x")
     verify(replace(record(lambda x: x.sum(0), {"x": X}), inputs=(slot,), results=(slot,)))

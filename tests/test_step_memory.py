@@ -1,5 +1,6 @@
 """What a train step leaves for the next one: state where it has a place, refused with its line elsewhere."""
 
+import copy
 import warnings
 from collections import deque
 from dataclasses import replace
@@ -134,6 +135,30 @@ def test_attributes_that_the_step_assigns_are_state(name, optimizer):
     more, _ = training.functionalize(other, its).unroll(training.functionalize(other, its).init(), BATCHES[:1])
     training.train_step(model, live, BATCHES[0])
     assert_close(more.params.values(), [p.detach() for p in model.parameters()])
+
+
+def test_a_number_that_becomes_a_tensor():
+    """In single precision it is one of another type than the number was."""
+
+    def step(model, optimizer, batch):
+        loss = ((model(batch[0]) - batch[1]) ** 2).mean()
+        model.mean = 0.9 * model.mean + 0.1 * loss.detach()
+        optimizer.zero_grad()
+        (loss / (1 + model.mean)).backward()
+        optimizer.step()
+        return loss
+
+    batches = [tuple(part.float() for part in batch) for batch in BATCHES]
+    torch.manual_seed(0)
+    model = Net().float()
+    live = copy.deepcopy(model)
+    fn = gimli.functionalize(model, sgd(model.parameters()), train_step=step)
+    state, losses = fn.unroll(fn.init(), batches)
+    optimizer = sgd(live.parameters())
+    expected = live_values(live, [step(live, optimizer, batch).detach() for batch in batches])
+    for a, b in zip([*losses, *state.params.values()], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert state.opt_state["model.mean"].dtype is torch.float32
 
 
 KEYS = ("average", "calls", "mean", "count", "last")
@@ -302,7 +327,20 @@ def from_the_first_batch():
     return step
 
 
+def returned_alone():
+    """What the step trains does not depend on it, what it returns does."""
+    losses = []
+
+    def step(model, optimizer, batch):
+        loss = stepped(model, optimizer, batch)
+        losses.append(loss.detach())
+        return loss + 0.1 * losses[0]
+
+    return step
+
+
 REFUSED = {
+    "returned alone": (returned_alone, "losses", "losses", "objects="),
     "attribute from none": (lambda: attribute_from_none, "Net.cache", "model.cache = stepped", "register_buffer"),
     "length of a log": (lambda: length_of_a_log, "Net.log", "model.log", "register_buffer"),
     "enclosed tensor": (enclosed_tensor, "average", "average = 0.9", "objects="),

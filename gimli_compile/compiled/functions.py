@@ -47,6 +47,7 @@ class CompiledFunction:
     ) -> None:
         self._build = build
         self._what = what
+        self._entries = {"plain": 0, "saving": 0, "backward": 0}
         self.halves: Halves = halves(function, examples, wanted, summed, lanes)
 
     @cached_property
@@ -70,6 +71,8 @@ class CompiledFunction:
 
     def entries(self) -> tuple[int, int, int]:
         """Returns the addresses of `plain`, `saving` and `backward`; 0 of what is not built or cannot be called yet."""
-        built = (self.__dict__.get(name) for name in ("plain", "saving", "backward"))
-        plain, saving, backward = (0 if one is None else entry_of(one) for one in built)
+        for name, known in self._entries.items():
+            if not known and name in self.__dict__:
+                self._entries[name] = entry_of(self.__dict__[name])
+        plain, saving, backward = self._entries.values()
         return plain, saving, backward
