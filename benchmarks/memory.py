@@ -31,8 +31,11 @@ def peaks(run: Callable[[], Any], *, device: str, counts_tensors: bool) -> dict[
 
 
 def release() -> None:
-    """Gives freed memory back to the system, so that a process's size says what it holds."""
+    """Gives freed memory back, that of this project's pool too, so that a process's size says what it holds."""
     gc.collect()
+    lean = sys.modules.get("gimli_compile.compiled.lean")
+    if lean is not None:
+        lean.give_memory_back()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -65,6 +68,7 @@ def _live_on_gpu(run: Callable[[], Any]) -> int:
 
 def _live_on_cpu(run: Callable[[], Any]) -> int:
     """Adds up the allocations and deallocations that torch's CPU allocator reports to the profiler."""
+    release()
     config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
     torch.autograd._prepare_profiler(config, {ProfilerActivity.CPU})
     torch.autograd._enable_profiler(config, {ProfilerActivity.CPU})

@@ -72,6 +72,7 @@ CONTENDERS: tuple[Contender, ...] = (
             ("reverse", "reverse", {}),
             ("step", "reverse, checkpoint='step'", {"checkpoint": "step"}),
             ("mixed", "mixed", {"backward": "mixed"}),
+            ("sqrt", "reverse, checkpoint='sqrt'", {"checkpoint": "sqrt"}),
         )
     ),
     _stock("by-hand", "loop by hand, create_graph", "by_hand"),

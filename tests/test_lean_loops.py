@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from gimli_compile.compiled import backends, native
 from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.halves import trace
-from gimli_compile.compiled.lean import lean_text
+from gimli_compile.compiled.lean import give_memory_back, lean_text
 from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, differentiated, held
 
 pytestmark = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
@@ -274,3 +274,13 @@ def test_other_strides_are_refused():
     program = compile_with_inductor(trace(lambda a: [a.exp()], [torch.randn(3, 4)]))
     with pytest.raises(RuntimeError, match="other sizes or strides"):
         program([torch.randn(4, 3).t()])
+
+
+def test_memory_is_given_back_on_request(runs):
+    fn, hyper = compiled(CASES["adamw"])
+    fast = fn.compile("inductor")
+    first = [CASES["adamw"].run(fast, hyper) for _ in range(2)][-1]
+    give_memory_back()
+    for again, before in zip(CASES["adamw"].run(fast, hyper), first, strict=True):
+        assert_agree(again, before, 0)
+    assert runs["forward"] == 2

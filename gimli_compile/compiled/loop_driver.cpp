@@ -247,6 +247,12 @@ PyObject* call_program(PyObject* given) {
 // runtime() -> where programs get memory from
 PyObject* runtime_address(PyObject*) { return PyLong_FromVoidPtr(const_cast<Runtime*>(&here)); }
 
+// empty() -> None; what the pool keeps goes back to torch
+PyObject* empty_pool(PyObject*) {
+  pool().empty();
+  Py_RETURN_NONE;
+}
+
 template <PyObject* (*function)(PyObject*)>
 PyObject* guarded(PyObject*, PyObject* given) {
   try {
@@ -265,6 +271,7 @@ PyMethodDef methods[] = {{"step", guarded<make_step>, METH_VARARGS, "Returns the
                          {"call", guarded<call_program>, METH_VARARGS, "Calls one program."},
                          {"runtime", guarded<runtime_address>, METH_VARARGS, "Returns where programs get memory from."},
                          {"contents", guarded<contents>, METH_VARARGS, "Returns the tensors of a tape."},
+                         {"empty", guarded<empty_pool>, METH_VARARGS, "Gives back to torch what the pool keeps."},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "loop_driver", nullptr, -1, methods};

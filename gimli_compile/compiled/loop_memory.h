@@ -59,8 +59,19 @@ class Pool {
         return;
       }
     }
-    aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(block->tensor));
-    delete block;
+    drop(block);
+  }
+
+  // Gives back to torch what is kept for later.
+  void empty() {
+    const Lock lock(busy_);
+    for (Block*& first : free_) {
+      while (Block* block = first) {
+        first = block->next;
+        drop(block);
+      }
+    }
+    kept_ = 0;
   }
 
  private:
@@ -75,6 +86,11 @@ class Pool {
     ~Lock() { busy_.clear(std::memory_order_release); }
     std::atomic_flag& busy_;
   };
+
+  static void drop(Block* block) {
+    aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(block->tensor));
+    delete block;
+  }
 
   static size_t size_of(size_t kind) {
     if (kind < FINE) return UNIT * (kind + 1);
