@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def differentiable_forms() -> Iterator[None]:
     """Runs attention in its mathematical form, and without cuDNN, oneDNN and the fused encoder layer.
 
+    What `torch.compile` compiled runs uncompiled: under a tracer it raises if it was compiled with `fullgraph=True`.
     Distributions do not check their arguments: a check that raises is no part of a program.
     """
     distribution = torch.distributions.Distribution
@@ -23,7 +24,8 @@ def differentiable_forms() -> Iterator[None]:
     onednn = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        uncompiled = torch.compiler.set_stance("force_eager")
+        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), uncompiled:
             yield
     finally:
         torch._C._set_mkldnn_enabled(onednn)

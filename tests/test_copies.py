@@ -14,6 +14,7 @@ from live_training import (
     check_values,
     continue_live,
     regression,
+    run_live,
     squared_error,
     train_step,
     unrolled_gradients,
@@ -257,3 +258,35 @@ def test_a_model_with_two_tensors_in_one_memory_is_refused(kind):
     with pytest.raises(gimli.CaptureError, match=text):
         _, _, fn = training.functionalized()
         fn.step(fn.init(), training.batches[0])
+
+
+# ---------------------------------------------------------------------- functions that torch.compile compiled
+
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def whole(p, grad, lr):
+    return p - lr * grad / (1 + grad.norm())
+
+
+class Compiled(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(whole(p, p.grad, group["lr"]))
+
+
+def test_a_compiled_function_that_wants_a_whole_graph():
+    """Under a tracer torch compiles nothing, and with `fullgraph=True` raises."""
+    with torch.compiler.set_stance("force_eager"):  # the live code without the compiler's roundings
+        training = Training(lambda: nn.Linear(3, 2), Compiled, squared_error, regression(3))
+        check_values(training)
+        check_gradients(training, ["groups.0.lr"])
+    fn = training.functionalized()[2]
+    state, _ = fn.unroll(fn.init(), training.batches)
+    expected = run_live(training).params[-1]
+    for name, value in state.params.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-13)
