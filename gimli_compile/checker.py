@@ -104,13 +104,16 @@ def _check_bindings(program: Program) -> Iterator[Fault]:
             yield program.node_of(slot), "noise without its draw"
 
 
+_OF_NUMBERS = (torch.float64, torch.int64)  # the dtypes of Python's numbers
+
+
 def _check_carried(program: Program) -> Iterator[Fault]:
     inputs = dict(zip(program.inputs, program.placeholders, strict=True))
     for slot, node in zip(program.results, program.returned, strict=True):
         if slot.role in CARRIED and slot in inputs:
             before, after = inputs[slot].meta["val"], node.meta["val"]
             is_state = slot.role is Role.STATE
-            is_number = is_state and before.dim() == 0  # a number of Python's, which may become a tensor
+            is_number = is_state and before.dim() == 0 and before.dtype in _OF_NUMBERS  # which may become a tensor
             if (before.dtype != after.dtype and not is_number) or not (is_state or before.shape == after.shape):
                 yield node, f"{slot} changes from {before.dtype} {tuple(before.shape)}"
 

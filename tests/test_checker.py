@@ -241,6 +241,12 @@ def test_a_number_of_the_state_may_become_a_tensor():
     verify(replace(program, inputs=(slot,), results=(slot,)))
 
 
+def test_a_small_tensor_of_the_state_keeps_its_dtype():
+    slot = Slot(Role.STATE, "x")
+    program = record(lambda x: x.double(), {"x": torch.tensor(1.0)})
+    refuses(replace(program, inputs=(slot,), results=(slot,)), "changes from torch.float32 ()", "-->")
+
+
 def test_other_slots_may_change_their_form():
     slot = Slot(Role.BATCH, "x")
     verify(replace(record(lambda x: x.sum(0), {"x": X}), inputs=(slot,), results=(slot,)))
