@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import gimli_compile as gimli
@@ -36,8 +35,6 @@ def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | N
     buffers, opt_state = fn.init().buffers, fn.init().opt_state
     template = fn.hyperparameters()
     tasks = problem.workload.tasks is not None
-    x, y = problem.held_out
-    outer = torch.func.vmap(problem.loss) if tasks else problem.loss
 
     def run() -> dict[str, Any]:
         start, numbers = problem.variables(only=wanted)
@@ -47,9 +44,9 @@ def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | N
             state, _ = runner.unroll(state, problem.batches, hyper, tasks=tasks, **options)
         except gimli.InputError as error:
             raise NotThereError(str(error)) from error
-        outputs = runner(state, x, tasks=True) if tasks else runner(state, x)
         groups = wanted_groups(problem, start, numbers)
-        return gradients(outer(outputs, y).mean(), {name: groups[name] for name in wanted if name in groups})
+        loss = runner.loss(state, problem.held_out, tasks=tasks).mean()
+        return gradients(loss, {name: groups[name] for name in wanted if name in groups})
 
     return run
 

@@ -77,8 +77,12 @@ def check_optimizer_params(optimizer: Any, view: ModelView) -> None:
 
 def check_options(view: OptimizerView) -> None:
     """Refuses to run programs of an optimizer whose options changed since they were made for it."""
+    held = view.read()
+    if held is view.last_checked:  # nothing changed: it would have been read anew
+        return
     now = view.read_options()
     if now == view.options:
+        view.last_checked = held
         return
     changed = "the number of parameter groups"
     if len(now) == len(view.options):
@@ -149,6 +153,19 @@ def check_loss_given(loss_fn: Any, train_step: Any) -> None:
         )
 
 
+def check_has_loss(loss_fn: Any) -> None:
+    """Refuses to evaluate a loss that there is none of."""
+    if loss_fn is None:
+        raise InputError(
+            compose_message(
+                "`loss` needs a loss function",
+                None,
+                "`functionalize` was given none; a train step computes its loss itself.",
+                "Call `functionalize(model, optimizer, loss_fn)`, or compute the loss of the output `fn(state, x)`.",
+            )
+        )
+
+
 def guards_branches(branches: Any) -> bool:
     """Tells whether branches on values are to be guarded; refuses a word for them that means nothing."""
     if branches not in ("refuse", "guard"):
@@ -180,6 +197,8 @@ def check_constants(constants: Iterable[torch.Tensor]) -> None:
 def check_shapes(hyper: Mapping[str, torch.Tensor], view: OptimizerView) -> None:
     """Refuses a hyperparameter with dimensions that do not fit every parameter of its group, or not the live tensor."""
     _check_tensor_shapes(hyper, view)
+    if not any(value.dim() for value in hyper.values()):
+        return
     names = view.group_names()
     shapes = {name: p.shape for p, name in view.live_params()}
     owned = {leaf.path for leaf in view.hyper_leaves() if leaf.is_parameter}
@@ -245,6 +264,17 @@ def check_tensors(given: Mapping[str, torch.Tensor], live: Mapping[str, torch.Te
             )
 
 
+def check_evaluated(params: Any, buffers: Any, model: ModelView, *, tasks: bool) -> None:
+    """Refuses what is no parameters and buffers of this model, which was read for this call; all of one task."""
+    given = [{n: _of_first(v) for n, v in of.items()} if tasks else of for of in (params, buffers)]
+    check_tensors(given[0], model.params, "params")
+    check_tensors(given[1], model.buffers, "buffers")
+
+
+def _of_first(value: Any) -> Any:
+    return value[0] if isinstance(value, torch.Tensor) and value.dim() else value
+
+
 def check_start(state: Any, model: ModelView, view: OptimizerView) -> None:
     """Refuses to step from what is no state of this model, which was read for this call, and optimizer."""
     check_train_state(state)
@@ -295,6 +325,12 @@ def check_hyper(hyper: Any, expected: set[str]) -> dict[str, torch.Tensor]:
             f"hyper is a {type(hyper).__name__}. Take `hyperparameters()` of this object and replace entries of it."
         )
     given = hyper.by_path()
+    if given.keys() != expected:
+        _check_entries(given, expected)
+    return {path: _as_tensor(path, value) for path, value in given.items()}
+
+
+def _check_entries(given: Mapping[str, Any], expected: set[str]) -> None:
     wanted = {path for path in expected if path.startswith("groups.")}
     for path in sorted(set(given) - expected):
         raise InputError(
@@ -314,7 +350,6 @@ def check_hyper(hyper: Any, expected: set[str]) -> dict[str, torch.Tensor]:
                 "Take `hyperparameters()` and replace single entries; do not remove any.",
             )
         )
-    return {path: _as_tensor(path, value) for path, value in given.items()}
 
 
 def _as_tensor(path: str, value: Any) -> torch.Tensor:

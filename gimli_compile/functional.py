@@ -13,7 +13,9 @@ import torch
 from gimli_compile.argument_checks import (
     are_kept,
     check_callable,
+    check_evaluated,
     check_functions,
+    check_has_loss,
     check_loss_given,
     check_method,
     check_model,
@@ -27,16 +29,17 @@ from gimli_compile.argument_checks import (
     guards_branches,
 )
 from gimli_compile.compiled.backends import choose_backend
-from gimli_compile.compiled.calls import Compiler, call_compiled, step_compiled, unroll_compiled
+from gimli_compile.compiled.calls import Compiler, step_compiled, unroll_compiled
+from gimli_compile.evaluation import evaluate
 from gimli_compile.example_steps import example_table
-from gimli_compile.hyper_values import hyper_values
+from gimli_compile.hyper_values import HyperReader
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.kept_attributes import keep_attributes
 from gimli_compile.lazy_modules import initialize_lazy_modules
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
-from gimli_compile.loss_table import LossTable
+from gimli_compile.loss_table import Asked, LossTable
 from gimli_compile.method_view import MethodView
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
@@ -104,6 +107,7 @@ class Functional:
         keep_attributes(self._schedulers, self._model_view, train_step)
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
+        self._hyper_reader = HyperReader(self._view)
         self._title = f"{full_kind_of(one)} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._protocol = choose_protocol(self._view, is_needed=train_step is None)
@@ -189,31 +193,32 @@ class Functional:
     def _hyper_values(self, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
         check_options(self._view)
         check_model(self._model_view, self._identity)
-        return hyper_values(self._view, hyper, tasks)
+        return self._hyper_reader.values(hyper, tasks)
 
     # ------------------------------------------------------------------ functions
 
     def forward(self, params: Tensors, buffers: Tensors, *args: Any, **kwargs: Any) -> tuple[Any, Tensors]:
         """Calls the model with these parameters and buffers; returns its output and the new buffers."""
-        check_callable(self.model)
-        self._model_view.refresh()
-        check_tensors(params, self._model_view.params, "params")
-        check_tensors(buffers, self._model_view.buffers, "buffers")
-        if self._compiler is None:
-            return self._losses.forward(params, buffers, args, kwargs)
-        return call_compiled(self._compiler.forwards, params, buffers, (args, kwargs), self._model_view.options)
+        return self._evaluate(Asked(params, buffers, (args, kwargs)))
 
     def __call__(self, state: TrainState, *args: Any, tasks: bool = False, **kwargs: Any) -> Any:
         """Returns the model's output for a train state; with `tasks`, for one state and one input for each task."""
-        if self._compiler is not None and tasks:
-            given, key = (state.params, state.buffers, (args, kwargs)), self._model_view.signature()
-            return call_compiled(self._compiler.forwards, *given, key, tasks=True)[0]
+        return self._evaluate(Asked(state.params, state.buffers, (args, kwargs)), tasks=tasks)[0]
 
-        def call(params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Any:
-            return self.forward(params, buffers, *args, **kwargs)[0]
+    def loss(self, state: TrainState, batch: Any, meta: Any = None, *, tasks: bool = False) -> torch.Tensor:
+        """Returns the loss (0-dim) of a train state on a batch, if `functionalize` was given one; takes no step.
 
-        run = torch.func.vmap(call, randomness="different") if tasks else call
-        return run(state.params, state.buffers, args, kwargs)
+        With `tasks`, one loss for each task: state and batch lead with the task, and meta is shared.
+        """
+        check_has_loss(self.loss_fn)
+        return self._evaluate(Asked(state.params, state.buffers, batch, meta, is_loss=True), tasks=tasks)[0]
+
+    def _evaluate(self, asked: Asked, *, tasks: bool = False) -> tuple[Any, Tensors]:
+        if not asked.is_loss:
+            check_callable(self.model)
+        self._model_view.refresh()
+        check_evaluated(asked.params, asked.buffers, self._model_view, tasks=tasks)
+        return evaluate(self._losses, self._compiler, asked, self._model_view.options, tasks=tasks)
 
     def update(
         self,
@@ -326,7 +331,7 @@ class Functional:
 
     @property
     def programs(self) -> Programs:
-        """The captured programs by name, with all variants: "forward", "grad", "update", "step"."""
+        """The captured programs by name, with all variants: "forward", "loss", "grad", "update", "step"."""
         whole = self._stepper.table if isinstance(self._stepper, WholeStepper) else None
         if self._protocol is not None and self._protocol.is_plain:
             self._example_table()

@@ -39,10 +39,11 @@ Place = tuple[int, str]
 
 @dataclass(frozen=True)
 class Forward:
-    """A captured forward pass: the program and the structure of what it returns."""
+    """A captured forward pass of the model, or of the loss: the program and the structure of what it returns."""
 
     captured: Captured
     returned: Returned
+    name: str
 
     def program(self, order: int) -> Program:
         """Returns the program; without an inner gradient it is of any order."""
@@ -242,13 +243,48 @@ def capture_forward(
         traced_args, traced_kwargs = run.add_tree(Role.BATCH, (args, kwargs))
         return run, lambda: view.model(*traced_args, **traced_kwargs)
 
+    return _captured_forward(begin, title, "forward")
+
+
+def capture_loss(
+    view: ModelView,
+    loss_fn: Callable[..., Any],
+    params: Tensors,
+    buffers: Tensors,
+    batch: Any,
+    meta: Any,
+    title: str,
+) -> Forward:
+    """Captures the loss alone."""
+
+    def begin() -> tuple[LossRun, Callable[[], Any]]:
+        run = LossRun(view, params, buffers)
+        arguments = _arguments_of_loss(run, loss_fn, batch, meta)
+
+        def call() -> Any:
+            loss = loss_fn(*arguments)
+            check_loss(loss, loss_fn)
+            return loss
+
+        return run, call
+
+    return _captured_forward(begin, title, "loss")
+
+
+def _captured_forward(begin: Callable[[], tuple[LossRun, Callable[[], Any]]], title: str, name: str) -> Forward:
     run, call = begin()
     with run.tracing():
         out = call()
     _look_again(run, begin)
     returned, tensors = Returned.of(out, Role.OUTPUT)
     results = {slot: run.recorder.node_of(tensor) for slot, tensor in tensors.items()}
-    return Forward(run.finish(title, "forward", {**results, **run.buffer_results()}), returned)
+    return Forward(run.finish(title, name, {**results, **run.buffer_results()}), returned, name)
+
+
+def _arguments_of_loss(run: LossRun, loss_fn: Callable[..., Any], batch: Any, meta: Any) -> tuple[Any, ...]:
+    traced_batch = run.add_tree(Role.BATCH, batch)
+    arguments = (run.view.filled({**run.params, **run.buffers}), traced_batch)
+    return (*arguments, run.add_tree(Role.META, meta)) if takes_meta(loss_fn) else arguments
 
 
 def capture_gradient(
@@ -265,10 +301,7 @@ def capture_gradient(
 
     def begin() -> tuple[LossRun, Callable[[], Any]]:
         run = LossRun(view, params, buffers)
-        traced_batch = run.add_tree(Role.BATCH, batch)
-        arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
-        if takes_meta(loss_fn):
-            arguments = (*arguments, run.add_tree(Role.META, meta))
+        arguments = _arguments_of_loss(run, loss_fn, batch, meta)
         return run, lambda: loss_fn(*arguments)
 
     run, call = begin()

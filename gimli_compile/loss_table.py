@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gimli_compile.collecting import rare_collections
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.gradient_flow import carried_buffers
-from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient
+from gimli_compile.loss_capture import Forward, capture_forward, capture_gradient, capture_loss
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
 from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
-from gimli_compile.records import opened
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import Tensors, TrainState
@@ -75,6 +74,20 @@ class Gradient:
         return frozenset(name for name, grad in zip(leaves, grads, strict=True) if grad is not None)
 
 
+class Asked(NamedTuple):
+    """What to evaluate: the model on `batch`, arguments and keyword arguments; or the loss on a batch and meta."""
+
+    params: Tensors
+    buffers: Tensors
+    batch: Any
+    meta: Any = None
+    is_loss: bool = False
+
+    def values(self) -> dict[Slot, torch.Tensor]:
+        """Returns what it is computed from, by slot."""
+        return _values(self.params, self.buffers, self.batch, self.meta)
+
+
 class LossTable:
     """Runs the model and the loss; captures them for inputs of a new form, and where a branch comes out otherwise."""
 
@@ -94,33 +107,22 @@ class LossTable:
         """Returns the tensors that the captured losses hold as constants."""
         return [tensor for gradient in self.all_gradients for tensor in gradient.exact.constants.values()]
 
-    def forward(
-        self,
-        params: Tensors,
-        buffers: Tensors,
-        args: Any,
-        kwargs: Any,
-        draws: dict[Slot, torch.Tensor] | None = None,
-    ) -> tuple[Any, Tensors]:
-        """Returns the model's output and the new buffers; `draws` are made unless given."""
-        args, kwargs = opened((args, kwargs))
-        values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
-        known = self._known_forwards(params, buffers, args, kwargs)
-        capture = partial(self._capture_forward, params, buffers, args, kwargs)
-        forward, results = self._run(known, capture, values, {} if draws is None else draws)
-        return forward.assemble(results), _new_buffers(buffers, results)
+    def evaluate(self, asked: Asked, draws: dict[Slot, torch.Tensor] | None = None) -> tuple[Any, Tensors]:
+        """Returns the model's output, or the loss, and the new buffers; `draws` are made unless given."""
+        capture = partial(self._capture_forward, asked)
+        draws = {} if draws is None else draws
+        forward, results = self._run(self._known_forwards(asked), capture, asked.values(), draws)
+        return forward.assemble(results), _new_buffers(asked.buffers, results)
 
-    def _known_forwards(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> list[Forward]:
-        key = (self.view.signature(), _forms(params, buffers), tree_form((args, kwargs)))
+    def _known_forwards(self, asked: Asked) -> list[Forward]:
+        forms = _forms(asked.params, asked.buffers)
+        key = (self.view.signature(), forms, tree_form((asked.batch, asked.meta)), asked.is_loss)
         return self.forwards.setdefault(key, [])
 
-    def fitting_forwards(
-        self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any, draws: Mapping[Slot, torch.Tensor]
-    ) -> list[Forward]:
-        """Returns the captured forward passes that fit these inputs, as far as can be told before they run."""
-        values = {**_by_slot(params, buffers), **tree_slots(Role.BATCH, (args, kwargs))}
-        known = self._known_forwards(params, buffers, args, kwargs)
-        return [forward for forward in known if forward.captured.fits(values, draws)]
+    def fitting_forwards(self, asked: Asked, draws: Mapping[Slot, torch.Tensor]) -> list[Forward]:
+        """Returns the captured programs that fit these inputs, as far as can be told before they run."""
+        values = asked.values()
+        return [forward for forward in self._known_forwards(asked) if forward.captured.fits(values, draws)]
 
     def _run(
         self,
@@ -148,10 +150,14 @@ class LossTable:
         raise _unsettled(self.title)
 
     @rare_collections()
-    def _capture_forward(self, params: Tensors, buffers: Tensors, args: Any, kwargs: Any) -> Forward:
-        params, buffers, args, kwargs = representatives((params, buffers, args, kwargs))
+    def _capture_forward(self, asked: Asked) -> Forward:
+        params, buffers, batch, meta = representatives((asked.params, asked.buffers, asked.batch, asked.meta))
         with outside_transforms(), torch.random.fork_rng():
-            return capture_forward(self.view, params, buffers, args, kwargs, f"forward of {self.title}")
+            if not asked.is_loss:
+                args, kwargs = batch
+                return capture_forward(self.view, params, buffers, args, kwargs, f"forward of {self.title}")
+            assert self.loss_fn is not None
+            return capture_loss(self.view, self.loss_fn, params, buffers, batch, meta, f"loss of {self.title}")
 
     def gradient(
         self,
@@ -256,9 +262,11 @@ def _unsettled(title: str) -> CaptureError:
 
 def values_of_loss(state: TrainState, batch: Any, meta: Any) -> dict[Slot, torch.Tensor]:
     """Returns what a loss is computed from, by slot."""
-    values = {**_by_slot(state.params, state.buffers), **tree_slots(Role.BATCH, batch)}
-    values.update(tree_slots(Role.META, meta))
-    return values
+    return _values(state.params, state.buffers, batch, meta)
+
+
+def _values(params: Tensors, buffers: Tensors, batch: Any, meta: Any) -> dict[Slot, torch.Tensor]:
+    return {**_by_slot(params, buffers), **tree_slots(Role.BATCH, batch), **tree_slots(Role.META, meta)}
 
 
 def _by_slot(params: Tensors, buffers: Tensors) -> dict[Slot, torch.Tensor]:

@@ -184,7 +184,8 @@ class ModelView:
 
     def identity(self) -> dict[str, tuple[int, bool]]:
         """Returns which parameters the model has now, and which of them require gradients."""
-        return {name: (id(p), p.requires_grad) for name, p in self.live_params.items()}
+        self.refresh()
+        return {name: (id(p), p.requires_grad) for name, p in self.params.items()}
 
     def read_buffers(self) -> dict[str, torch.Tensor]:
         """Returns the present buffers by the names of the live ones; inside `substituted`, the new ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
@@ -65,6 +65,7 @@ class OptimizerView:
         self.opaque = opaque
         self.sparse = False
         self._watch: Watch | None = None
+        self.last_checked: Any = None  # what `read` gave when the options were compared last
         self.skeleton, self.values = self.read()
         self.options = self.read_options()
         self.changing = set()
@@ -128,7 +129,7 @@ class OptimizerView:
 
         That is any number, and a floating tensor that is a parameter, requires a gradient or is in a group.
         """
-        return leaf.path not in self.changing and leaf.path not in self._state_paths() and self._is_declared(leaf)
+        return leaf.path not in self.changing and leaf.path not in self._state_paths and self._is_declared(leaf)
 
     def _is_declared(self, leaf: Leaf) -> bool:
         if leaf.kind != "tensor":
@@ -137,14 +138,13 @@ class OptimizerView:
         declared = leaf.path.startswith("groups.") or leaf.is_parameter or leaf.requires_grad
         return declared and isinstance(value, torch.Tensor) and value.is_floating_point()
 
+    @cached_property
     def _state_paths(self) -> set[str]:
-        """Returns the paths below `state`, and of all that is kept for a parameter."""
-        if not hasattr(self, "_paths_in_state"):
-            roots = [self.skeleton.root, *map(self.part_of, members(self.optimizer))]
-            state = [part for root in roots for key, part in root.items if key == "state"]
-            kept = [part for part in state + parts_by_parameter(self.skeleton)]
-            self._paths_in_state = {leaf.path for part in kept for leaf in leaves_of(Skeleton(part, ()))}
-        return self._paths_in_state
+        """The paths below `state`, and of all that is kept for a parameter."""
+        roots = [self.skeleton.root, *map(self.part_of, members(self.optimizer))]
+        state = [part for root in roots for key, part in root.items if key == "state"]
+        kept = [part for part in state + parts_by_parameter(self.skeleton)]
+        return {leaf.path for part in kept for leaf in leaves_of(Skeleton(part, ()))}
 
     def part_of(self, optimizer: Any) -> Container:
         """Returns the part of the skeleton for one of several optimizers, or for the one."""
@@ -223,7 +223,7 @@ class OptimizerView:
 
     def _open_paths(self) -> set[str]:
         """Returns the paths of what is a hyperparameter unless a step changes it."""
-        leaves = [leaf for leaf in leaves_of(self.skeleton) if leaf.path not in self._state_paths()]
+        leaves = [leaf for leaf in leaves_of(self.skeleton) if leaf.path not in self._state_paths]
         return {leaf.path for leaf in leaves if self._is_declared(leaf)}
 
     def _observed(self, execute: Callable[[], Any], count: int, assigned: set[str]) -> None:

@@ -64,16 +64,14 @@ class Family:
 
 
 class Programs(Mapping[str, Family]):
-    """The programs by name: "forward", "grad", "update" and "step", as far as they were captured."""
+    """The programs by name: "forward", "loss", "grad", "update" and "step", as far as they were captured."""
 
     def __init__(self, losses: LossTable, updates: UpdateTable, whole: UpdateTable | None = None) -> None:
         self._families = dict(_families(losses, updates, whole))
 
     def __getitem__(self, name: str) -> Family:
-        if name not in self._families and name in ("forward", "grad", "step"):
-            raise KeyError(
-                f"{name}: not captured yet; call `{'forward' if name == 'forward' else 'step'}` on a batch first"
-            )
+        if name not in self._families and name in ("forward", "loss", "grad", "step"):
+            raise KeyError(f"{name}: not captured yet; call `{'step' if name == 'grad' else name}` on a batch first")
         return self._families[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -84,9 +82,10 @@ class Programs(Mapping[str, Family]):
 
 
 def _families(losses: LossTable, updates: UpdateTable, whole: UpdateTable | None) -> Iterator[tuple[str, Family]]:
-    if losses.forwards:
-        captured = [forward.captured for group in losses.forwards.values() for forward in group]
-        yield "forward", Family("forward", tuple((one.program, one.guards) for one in captured))
+    for name in ("forward", "loss"):
+        captured = [one.captured for group in losses.forwards.values() for one in group if one.name == name]
+        if captured:
+            yield name, Family(name, tuple((one.program, one.guards) for one in captured))
     if losses.gradients:
         yield "grad", Family("grad", tuple((g.exact, g.captured.guards) for g in losses.all_gradients))
     variants = tuple((variant.program, variant.guards) for variant in updates.variants)

@@ -32,11 +32,16 @@ class Record:
 
 def opened(tree: Any) -> Any:
     """Returns a pytree with records in place of dataclasses and dicts of other kinds, however nested."""
-    if tree is None or isinstance(tree, torch.Tensor):
-        return tree
-    if type(tree) in (tuple, list) and all(isinstance(leaf, torch.Tensor) for leaf in tree):
-        return tree
-    return pytree.tree_map(_open, tree)
+    return tree if _is_plain(tree) else pytree.tree_map(_open, tree)
+
+
+def _is_plain(tree: Any) -> bool:
+    """Tells whether there are only tensors and numbers in lists, tuples and dicts, which is quickly seen."""
+    if tree is None or isinstance(tree, (torch.Tensor, bool, int, float)):
+        return True
+    if type(tree) in (tuple, list):
+        return all(map(_is_plain, tree))
+    return type(tree) is dict and all(map(_is_plain, tree.values()))
 
 
 def rebuilt(tree: Any) -> Any:

@@ -68,6 +68,8 @@ class Returned:
     def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
         """Returns the pytree with a program's results in it."""
         leaves = [value if slot is None else results[slot] for slot, value in zip(self.slots, self.fixed, strict=True)]
+        if self.structure.is_leaf():
+            return leaves[0]
         return rebuilt(pytree.tree_unflatten(leaves, self.structure))
 
 

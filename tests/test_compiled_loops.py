@@ -274,6 +274,62 @@ def test_a_plan_whose_conditions_fail_is_made_again():
         assert_agree([*pytree.tree_leaves(found), losses], [*pytree.tree_leaves(expected), expected_losses], 1e-13)
 
 
+class Exchanging(torch.optim.Optimizer):
+    """Holds two directions, of which steps take one by turns, and one tensor that stays as it is."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"now": torch.ones_like(p), "next": torch.full_like(p, 2.0), "still": torch.full_like(p, 3)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                p -= group["lr"] * (p.grad * state["now"] + state["still"])
+                state["now"], state["next"] = state["next"], state["now"]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("checkpoint", [None, "sqrt"])
+def test_what_steps_only_pass_on_or_exchange_keeps_its_gradient(backend, steps, checkpoint):
+    case = Case(optimizer=Exchanging)
+    fn = case.functionalized()
+    fast, (x, y) = fn.compile(backend), case.batches()
+
+    def run(one):
+        state = fn.init()
+        start = {name: value.requires_grad_() for name, value in state.opt_state.items()}
+        state = gimli.TrainState(state.params, state.buffers, gimli.OptState(state.opt_state.skeleton, start))
+        last, losses = one.unroll(state, (x[:steps], y[:steps]), checkpoint=checkpoint)
+        values = [*last.params.values(), *last.opt_state.values(), losses]
+        weights = torch.arange(1.0, len(values) + 1)
+        outcome = sum(weight * value.sin().sum() for weight, value in zip(weights, values, strict=True))
+        return values, torch.autograd.grad(outcome, list(start.values()))
+
+    expected = run(fn)
+    for _ in range(2):
+        for found, wanted in zip(run(fast), expected, strict=True):
+            assert_agree(found, wanted, 1e-12)
+
+
+def test_a_validation_loop_in_inference_mode_leaves_nothing_behind():
+    """The live numbers are made tensors once, and a tensor of inference mode can never be differentiated through."""
+    case = Case(optimizer=adamw)
+    fn = case.functionalized()
+    fn.unroll(fn.init(), case.batches())
+    fn.optimizer.param_groups[0]["lr"] = 0.2
+    with torch.inference_mode():
+        fn.unroll(fn.init(), case.batches())
+    state = fn.init()
+    state.params = {name: value.requires_grad_() for name, value in state.params.items()}
+    last, _ = fn.unroll(state, case.batches())
+    grads = torch.autograd.grad(last.params["0.weight"].sum(), list(state.params.values()), allow_unused=True)
+    assert grads[0] is not None and bool(grads[0].any())
+
+
 def test_a_compiled_loop_differentiated_twice_is_refused():
     case = Case()
     fn = case.functionalized()

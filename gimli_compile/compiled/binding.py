@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,11 +115,14 @@ class Bound:
         """Returns the adjoint of something in `before` that nothing depends on."""
         return _zeros(self.forms[place])
 
-    def adjoints_of_carried(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Returns adjoints of what is carried on, zeros where nothing depends on what is differentiated."""
+    def adjoints_of_carried(self, given: Sequence[Tensor | None], through: Collection[int]) -> list[Tensor | None]:
+        """Returns adjoints of what is carried on, zeros where nothing depends on what is differentiated.
+
+        There are none of what is not differentiated, or comes `through` all steps as it is.
+        """
         made: list[Tensor | None] = []
-        for slot, place, value in zip(self.after.slots, self.carry, given, strict=True):
-            if slot not in self.after.active:
+        for index, (slot, place, value) in enumerate(zip(self.after.slots, self.carry, given, strict=True)):
+            if index in through or slot not in self.after.active:
                 made.append(None)
             elif value is not None:
                 made.append(value.contiguous())
@@ -193,3 +196,11 @@ def _slots_after(before: Sequence[Slot], step: StepFunction) -> tuple[Slot, ...]
     made = (Role.STATE, *HELD)  # the step makes all that there is of these
     stay = [slot for slot in before if slot.role not in made]
     return (*stay, *(slot for slot in step.results if slot.role in made))
+
+
+def passed_through(plan: Sequence[Bound]) -> dict[int, int]:
+    """Returns what all steps of a loop only pass on: the places behind the last step, and before the first."""
+    origin: list[int | None] = list(range(len(plan[0].before.slots)))
+    for bound in plan:
+        origin = [origin[place] if place < len(origin) else None for place in bound.carry]
+    return {index: place for index, place in enumerate(origin) if place is not None}

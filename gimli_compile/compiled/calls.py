@@ -15,7 +15,7 @@ from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_options import LoopOptions
-from gimli_compile.loss_table import LossTable
+from gimli_compile.loss_table import Asked, LossTable
 from gimli_compile.records import opened
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
@@ -28,7 +28,8 @@ class Compiler:
 
     def __init__(self, stepper: SplitStepper | WholeStepper, losses: LossTable, backend: str, *, verify: bool) -> None:
         self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify)
-        self.forwards = LoopCompiler(ForwardChoice(losses), backend, verify=verify)
+        self.forwards = LoopCompiler(ForwardChoice(losses, is_loss=False), backend, verify=verify)
+        self.losses = LoopCompiler(ForwardChoice(losses, is_loss=True), backend, verify=verify)
 
 
 def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, model_key: Any) -> tuple[TrainState, Any]:
@@ -63,12 +64,10 @@ def step_compiled(compiler: LoopCompiler, inputs: StepInputs) -> tuple[TrainStat
     return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
 
 
-def call_compiled(
-    compiler: LoopCompiler, params: Tensors, buffers: Tensors, inputs: Any, model_key: Any, *, tasks: bool = False
-) -> tuple[Any, Tensors]:
-    """Calls the model by compiled programs: see `Functional.forward`."""
-    refuse_transforms((params, buffers, inputs))
-    return forward_compiled(compiler, params, buffers, opened(inputs), model_key, tasks=tasks)
+def evaluate_compiled(compiler: Compiler, asked: Asked, model_key: Any, *, tasks: bool = False) -> tuple[Any, Tensors]:
+    """Evaluates the model or the loss by compiled programs: see `Functional.forward` and `Functional.loss`."""
+    refuse_transforms((asked.params, asked.buffers, asked.batch, asked.meta))
+    return forward_compiled(compiler.losses if asked.is_loss else compiler.forwards, asked, model_key, tasks=tasks)
 
 
 def _joined(parts: list[Any]) -> Any:

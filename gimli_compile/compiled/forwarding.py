@@ -1,4 +1,4 @@
-"""The compiled forward pass: a loop of one step that changes no parameters and returns the model's output."""
+"""The compiled forward pass: a loop of one step that changes no parameters, and returns an output or a loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gimli_compile.compiled.choice import Draws, LoopInputs, Place, at_place
 from gimli_compile.compiled.steps import StepFunction
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.loss_capture import Forward
-from gimli_compile.loss_table import LossTable
+from gimli_compile.loss_table import Asked, LossTable
 from gimli_compile.skeleton import Skeleton
 from gimli_compile.state import OptState, Tensors, TrainState
 from gimli_compile.stepping import StepInputs
@@ -22,10 +22,11 @@ _NOTHING = Skeleton(None, ())
 
 
 class ForwardChoice:
-    """Makes step functions of captured forward passes."""
+    """Makes step functions of captured forward passes of the model, or of the loss."""
 
-    def __init__(self, losses: LossTable) -> None:
+    def __init__(self, losses: LossTable, *, is_loss: bool) -> None:
         self._losses = losses
+        self._is_loss = is_loss
         self._made: dict[int, StepFunction] = {}
 
     def fitting(self, place: Place, inputs: LoopInputs, draws: Draws) -> list[StepFunction]:
@@ -36,15 +37,16 @@ class ForwardChoice:
         """Runs the model uncompiled, which captures what is missing; adds the draws that it makes."""
         at_place(place, inputs, draws, self._run)
 
+    def _asked(self, inputs: StepInputs) -> Asked:
+        state = inputs.state
+        return Asked(state.params, state.buffers, inputs.batch, inputs.meta, self._is_loss)
+
     def _known(self, inputs: StepInputs) -> list[StepFunction]:
-        state, (args, kwargs) = inputs.state, inputs.batch
-        known = self._losses.fitting_forwards(state.params, state.buffers, args, kwargs, inputs.draws or {})
-        return [self._step(forward) for forward in known]
+        return [self._step(one) for one in self._losses.fitting_forwards(self._asked(inputs), inputs.draws or {})]
 
     def _run(self, inputs: StepInputs) -> None:
-        args, kwargs = inputs.batch
         assert inputs.draws is not None
-        self._losses.forward(inputs.state.params, inputs.state.buffers, args, kwargs, inputs.draws)
+        self._losses.evaluate(self._asked(inputs), inputs.draws)
 
     def _step(self, forward: Forward) -> StepFunction:
         if id(forward) not in self._made:
@@ -61,17 +63,17 @@ class ForwardChoice:
         return self._made[id(forward)]
 
 
-def forward_compiled(
-    compiler: LoopCompiler, params: Tensors, buffers: Tensors, inputs: Any, model_key: Any, *, tasks: bool
-) -> tuple[Any, Tensors]:
-    """Calls the model on `inputs`, its arguments and keyword arguments: see `Functional.forward`.
+def forward_compiled(compiler: LoopCompiler, asked: Asked, model_key: Any, *, tasks: bool) -> tuple[Any, Tensors]:
+    """Evaluates the model, or the loss; returns also the new buffers.
 
-    With `tasks`, parameters, buffers and inputs lead with the task.
+    With `tasks`, parameters, buffers and batch lead with the task, and meta is shared.
     """
-    state = TrainState(params, buffers, OptState(_NOTHING, {}))
+    state = TrainState(asked.params, asked.buffers, OptState(_NOTHING, {}))
     dims, count = None, None
     if tasks:
-        dims, count = (0, 0, None, None), next(iter(params.values())).shape[0]
-    loop = LoopInputs(Batches([inputs], 0), {}, None, 2, model_key, dims, count)
+        dims, count = (0, 0, None, None), next(iter(asked.params.values())).shape[0]
+    loop = LoopInputs(Batches([asked.batch], 0), {}, asked.meta, 2, model_key, dims, count)
     state, output = compiler.unroll(state, loop, segment=None)
+    if isinstance(output, torch.Tensor):
+        return output.squeeze(-1), state.buffers
     return pytree.tree_map_only(torch.Tensor, lambda part: part.squeeze(-1), output), state.buffers

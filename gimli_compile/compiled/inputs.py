@@ -43,18 +43,24 @@ def state_values(state: TrainState) -> list[Tensor]:
     return [*state.params.values(), *state.buffers.values(), *state.opt_state.values(), *held]
 
 
-def build_state(slots: Sequence[Slot], values: Sequence[Tensor], skeleton: Skeleton) -> TrainState:
+def build_state(slots: tuple[Slot, ...], values: Sequence[Tensor], skeleton: Skeleton) -> TrainState:
     """Returns the train state that these are the tensors of."""
-    parts: dict[Role, dict[str, Tensor]] = {Role.PARAM: {}, Role.BUFFER: {}, Role.STATE: {}}
-    held: dict[Slot, Tensor] = {}
-    for slot, value in zip(slots, values, strict=True):
-        if slot.role in HELD:
-            held[slot] = value
-        else:
-            parts[slot.role][slot.path] = value
-    names = [name for name in parts[Role.PARAM] if Slot(Role.HELD, name) in held] if held else []
-    grads = from_slots(held, names, HELD)
-    return TrainState(parts[Role.PARAM], parts[Role.BUFFER], OptState(skeleton, parts[Role.STATE]), grads)
+    params, buffers, state, held = (
+        dict(zip(names, [values[index] for index in places], strict=True)) for names, places in _layout(slots)
+    )
+    names = [name for name in params if Slot(Role.HELD, name) in held] if held else []
+    return TrainState(params, buffers, OptState(skeleton, state), from_slots(held, names, HELD) if held else {})
+
+
+@functools.lru_cache(maxsize=512)
+def _layout(slots: tuple[Slot, ...]) -> list[tuple[list[Any], list[int]]]:
+    """Returns names and places of parameters, buffers and state; and those of the gradients held, as slots."""
+    parts: list[tuple[list[Any], list[int]]] = [([], []) for _ in range(4)]
+    for index, slot in enumerate(slots):
+        part = 3 if slot.role in HELD else (Role.PARAM, Role.BUFFER, Role.STATE).index(slot.role)
+        parts[part][0].append(slot if part == 3 else slot.path)
+        parts[part][1].append(index)
+    return parts
 
 
 def forms(values: Sequence[Tensor]) -> Any:

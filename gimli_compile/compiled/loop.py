@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -20,7 +20,8 @@ class Tape:
     """The values of a loop: what each step starts from besides what is carried, and what was kept for the way back.
 
     `shared` are hyperparameters, meta; `rest` for each step its batch, draws and constants. `kept` are, for each step,
-    its residuals, or for each segment the state that it starts from.
+    its residuals, or for each segment the state that it starts from. `through` is what all steps only pass on
+    (`passed_through`).
     """
 
     bound: Sequence[Bound]
@@ -28,6 +29,7 @@ class Tape:
     rest: list[list[Tensor]]
     segment: int | None
     kept: list[list[Tensor]] = field(default_factory=list)
+    through: Mapping[int, int] = field(default_factory=dict)
 
     def starts_segment(self, step: int) -> bool:
         """Tells whether what is carried into a step is kept."""
@@ -38,7 +40,7 @@ class Tape:
         # What recomputation starts from is needed only where there is any.
         parts = [*self.kept] if self.segment is None else [*self.kept, self.shared, *self.rest]
         sizes = tuple(len(part) for part in parts)
-        return TapeRecord(self.bound, self.segment, sizes), list(chain.from_iterable(parts))
+        return TapeRecord(self.bound, self.segment, sizes, self.through), list(chain.from_iterable(parts))
 
 
 class AnyTape(Protocol):
@@ -47,6 +49,11 @@ class AnyTape(Protocol):
     @property
     def bound(self) -> Sequence[Bound]:
         """The steps."""
+        ...
+
+    @property
+    def through(self) -> Mapping[int, int]:
+        """What all steps only pass on."""
         ...
 
     def recorded(self) -> tuple[Record, list[Tensor]]:
@@ -69,6 +76,7 @@ class TapeRecord:
     bound: Sequence[Bound]
     segment: int | None
     sizes: tuple[int, ...]
+    through: Mapping[int, int]
 
     def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
         """Runs the adjoints of the steps."""
@@ -76,7 +84,7 @@ class TapeRecord:
         parts = [list(islice(tensors, size)) for size in self.sizes]
         count = steps if self.segment is None else -(-steps // self.segment)
         states, (shared, *rest) = parts[:count], parts[count:] or [[]]
-        return run_backward(Tape(self.bound, shared, rest, self.segment, states), last, stacked)
+        return run_backward(Tape(self.bound, shared, rest, self.segment, states, self.through), last, stacked)
 
 
 def run_forward(tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[list[Tensor], list[list[Tensor]], Any]:
@@ -123,7 +131,8 @@ def run_backward(tape: Tape, last: list[Tensor | None], stacked: Sequence[Tensor
     steps = len(tape.bound)
     by_step = [[None] * steps if grad is None else _by_step(grad) for grad in stacked]
     final = tape.bound[-1]
-    adjoints = Adjoints(final.adjoints_of_carried(last), final.adjoints_of_shared(), [{} for _ in range(steps)])
+    carried = final.adjoints_of_carried(last, tape.through)
+    adjoints = Adjoints(carried, final.adjoints_of_shared(), [{} for _ in range(steps)])
     residuals: list[list[Tensor]] = tape.kept
     for index in reversed(range(steps)):
         bound = tape.bound[index]
@@ -204,17 +213,19 @@ class CompiledLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ran: Ran, sources: Sources, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Returns what is carried out of the last step, then what the steps returned."""
-        tape, last = ran.tape, ran.tape.bound[-1].after
+        """Returns what the steps made of what is carried, then what they returned."""
+        tape = ran.tape
+        slots, active = tape.bound[-1].after.slots, tape.bound[-1].after.active
         ctx.sources, ctx.count = sources, len(ran.carried)
+        ctx.made = [index for index in range(ctx.count) if index not in tape.through]
         taken = {id(tensor) for tensor in inputs}
         results = []
-        for value in (*ran.carried, *ran.stacked):
+        for value in (*(ran.carried[index] for index in ctx.made), *ran.stacked):
             results.append(value.clone() if id(value) in taken else value)
             taken.add(id(results[-1]))
         ctx.record, kept = tape.recorded()
         ctx.save_for_backward(*inputs, *kept)
-        still = [value for value, slot in zip(results, last.slots, strict=False) if slot not in last.active]
+        still = [value for value, index in zip(results, ctx.made, strict=False) if slots[index] not in active]
         ctx.mark_non_differentiable(*still, *(value for value in results if not value.is_floating_point()))
         ctx.set_materialize_grads(False)
         return tuple(results)
@@ -222,10 +233,13 @@ class CompiledLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Runs the adjoints of the steps."""
-        saved = ctx.saved_tensors
-        inputs, kept = list(saved[: len(ctx.needs_input_grad) - 2]), list(saved[len(ctx.needs_input_grad) - 2 :])
+        saved, given = ctx.saved_tensors, len(ctx.needs_input_grad) - 2
+        inputs, kept = list(saved[:given]), list(saved[given:])
+        last: list[Tensor | None] = [None] * ctx.count
+        for index, grad in zip(ctx.made, grads, strict=False):
+            last[index] = grad
         with torch.no_grad():
-            adjoints = ctx.record.backward(kept, list(grads[: ctx.count]), grads[ctx.count :])
+            adjoints = ctx.record.backward(kept, last, grads[len(ctx.made) :])
         sources: Sources = ctx.sources
         found = [
             *(adjoints.carried[place] for place in sources.carried),

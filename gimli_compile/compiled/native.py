@@ -7,7 +7,7 @@ graph yet, or is not lean.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch._C._aoti as _aoti
 import torch._C._autograd as _autograd
 
-from gimli_compile.compiled.binding import Bound
+from gimli_compile.compiled.binding import Bound, passed_through
 from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import Adjoints, Ran, Record, Tape, run_backward
 
@@ -34,13 +34,20 @@ class NativeLoop:
         place = {bound: index for index, bound in enumerate(self._distinct)}
         self._order = [place[bound] for bound in plan]
         self._to_batches = any(bound.to_batch for bound in self._distinct)
+        self._known: list[tuple[int, int, int]] = []
+        self._is_built = False
+        self.through = passed_through(plan)
+        self.needs_more = any(bound.step.draws or bound.step.constants for bound in self._distinct)
 
     @functools.cached_property
     def _tables(self) -> list[Any]:
         return [driver().step(*_table(bound)) for bound in self._distinct]
 
     def _entries(self) -> list[tuple[int, int, int]]:
-        return [bound.compiled.entries() for bound in self._distinct]
+        if not self._is_built:
+            self._known = [bound.compiled.entries() for bound in self._distinct]
+            self._is_built = all(map(all, self._known))
+        return self._known
 
     def can_run(self, tape: Tape, *, record: bool) -> bool:
         """Tells whether the driver can run this loop forward.
@@ -61,22 +68,24 @@ class NativeLoop:
 
     def run(self, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool]:
         """Runs a loop; returns what it gave, and whether the conditions of all steps held."""
-        rest = [_capsules(of_step) for of_step in tape.rest]
-        given = (int(record), _capsules(carried), _capsules(tape.shared), rest, int(self._one_base))
-        last, stacked, watched, held, kept = driver().forward(*self._arguments(tape.segment), *given)
-        return Ran(NativeTape(self, tape.segment, kept, _tensors(watched)), _tensors(last), _tensors(stacked)), held
+        given, common, *rest = _capsules([carried, tape.shared, *tape.rest])
+        arguments = (int(record), given, common, rest, int(self._one_base))
+        *found, held, kept = driver().forward(*self._arguments(tape.segment), *arguments)
+        last, stacked, watched = _tensors(found)
+        return Ran(NativeTape(self, tape.segment, kept, watched), last, stacked), held
 
     def backward(self, kept: Any, segment: int | None, last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
         """Runs the adjoints of all steps on the tape that the driver made."""
         if not self.can_run_back(segment):
             residuals, shared, rest = driver().contents(kept)
-            parts = [list(map(_tensors, part)) for part in (rest, residuals)]
-            return run_backward(Tape(self.plan, _tensors(shared), parts[0], segment, parts[1]), last, stacked)
+            parts = [_tensors(part) for part in (rest, residuals)]
+            tape = Tape(self.plan, _tensors([shared])[0], parts[0], segment, parts[1], self.through)
+            return run_backward(tape, last, stacked)
         final = self.plan[-1]
-        adjoints = (final.adjoints_of_carried(last), final.adjoints_of_shared())
+        adjoints = (final.adjoints_of_carried(last, self.through), final.adjoints_of_shared())
         by_step = [None if grad is None else grad.movedim(-1, 0).contiguous() for grad in stacked]
-        given = map(_capsules, (*adjoints, by_step))
-        found = iter(_tensors(driver().backward(*self._arguments(segment), kept, *given)))
+        given = _capsules([*adjoints, by_step])
+        found = iter(_tensors([driver().backward(*self._arguments(segment), kept, *given)])[0])
         carried = list(islice(found, len(self.plan[0].before.slots)))
         shared = list(islice(found, len(adjoints[1])))
         of_steps = self.plan if self._to_batches else ()
@@ -96,6 +105,11 @@ class NativeTape:
     def bound(self) -> Sequence[Bound]:
         """The steps."""
         return self.loop.plan
+
+    @property
+    def through(self) -> Mapping[int, int]:
+        """What all steps only pass on."""
+        return self.loop.through
 
     def recorded(self) -> tuple[Record, list[Tensor]]:
         """Returns what the way back has to know, and the tensors that autograd keeps for it.
@@ -131,19 +145,17 @@ class NativeRecord:
         return self.loop.backward(holder.tape, self.segment, last, stacked)
 
 
-def _capsules(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Returns tensors as the driver takes them; it owns them from then on."""
-    made = _aoti.unsafe_alloc_void_ptrs_from_tensors([tensor for tensor in tensors if tensor is not None])
-    if len(made) == len(tensors):
-        return made
-    found = iter(made)
-    return [None if tensor is None else next(found) for tensor in tensors]
+def _capsules(lists: Sequence[Sequence[Tensor | None]]) -> list[list[Any]]:
+    """Returns lists of tensors as the driver takes them; it owns them from then on."""
+    made = iter(_aoti.unsafe_alloc_void_ptrs_from_tensors([one for part in lists for one in part if one is not None]))
+    return [[None if one is None else next(made) for one in part] for part in lists]
 
 
-def _tensors(capsules: Sequence[Any]) -> list[Any]:
-    """Returns the tensors that the driver gave."""
-    found = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in capsules if one is not None]))
-    return [None if one is None else next(found) for one in capsules]
+def _tensors(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Returns the tensors that the driver gave, in lists."""
+    capsules = [one for part in lists for one in part if one is not None]
+    found = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules))
+    return [[None if one is None else next(found) for one in part] for part in lists]
 
 
 def _table(bound: Bound) -> tuple[Any, ...]:
@@ -155,8 +167,7 @@ def _table(bound: Bound) -> tuple[Any, ...]:
         (*sizes, *results, -1 if bound.held is None else bound.held),
         *(bound.take, bound.carry, bound.returned, halves.residuals, bound.accumulators, bound.seeds),
         *(bound.passed, bound.to_carried, bound.to_shared, bound.to_batch, bound.unused),
-        _capsules([bound.zero(place) for place in bound.unused]),
-        _capsules(bound.adjoints_of_returned([None] * len(returned))),
+        *_capsules([[bound.zero(place) for place in bound.unused], bound.adjoints_of_returned([None] * len(returned))]),
     )
 
 

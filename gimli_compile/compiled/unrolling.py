@@ -38,22 +38,25 @@ class LoopCompiler:
         key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), inputs.key())
         with torch.no_grad():
             ran = self._run(run, inputs, key)
-        results = _recorded(ran, run) if run.record else [*ran.carried, *ran.stacked]
-        last, count = ran.tape.bound[-1], len(ran.carried)
-        made = build_state(last.after.slots, results[:count], last.step.skeleton)
-        return made, last.step.assemble(results[count:])
+        if run.record:
+            ran = _recorded(ran, run)
+        last = ran.tape.bound[-1]
+        return build_state(last.after.slots, ran.carried, last.step.skeleton), last.step.assemble(ran.stacked)
 
     def _run(self, run: Run, inputs: LoopInputs, key: Any) -> Ran:
         """Runs by the plan that is known; where there is none, or its conditions fail, while making one."""
         plan = self._plans.get(key)
         if plan is not None:
-            rest = [run.rest(index, bound.step) for index, bound in enumerate(plan.plan)]
-            tape = Tape(plan.plan, run.shared, rest, run.segment)
+            rest = run.batches
+            if plan.needs_more:
+                rest = [run.rest(index, bound.step) for index, bound in enumerate(plan.plan)]
+            tape = Tape(plan.plan, run.shared, rest, run.segment, through=plan.through)
             ran, held = _run_by(plan, tape, run)
             if held:
                 return ran
         tape, carried, returned = self._planner.run(run, inputs, self._choice)
-        self._plans[key] = NativeLoop(tape.bound, one_base=inputs.batches.is_uniform)
+        plan = self._plans[key] = NativeLoop(tape.bound, one_base=inputs.batches.is_uniform)
+        tape.through = plan.through
         return Ran(tape, carried, stacked(returned))
 
 
@@ -68,14 +71,14 @@ def _run_by(plan: NativeLoop, tape: Tape, run: Run) -> tuple[Ran, bool]:
 def _prepare(state: TrainState, inputs: LoopInputs, segment: int | None) -> Run:
     carried, common, leaves = state_values(state), inputs.shared(), inputs.batches.leaves()
     values = list(common.values())
-    flags = _flags(carried, values, leaves)
+    flags = _flags(carried, values, leaves[:1] if inputs.batches.is_uniform else leaves)
     slots, around = _around(state_slots(state), tuple(common), inputs.batches.slots(), *flags)
     return Run(
         slots,
         [value.contiguous() for value in carried],
         around,
         [value.contiguous() for value in values],
-        [[leaf.contiguous() for leaf in of_step] for of_step in leaves],
+        leaves if inputs.batches.is_uniform else [[leaf.contiguous() for leaf in of_step] for of_step in leaves],
         state.opt_state.skeleton,
         inputs.tasks,
         segment,
@@ -103,8 +106,8 @@ def _around(
     return Carried(state, active), Around(shared, batch, wanted[0] | wanted[1])
 
 
-def _recorded(ran: Ran, run: Run) -> list[Tensor]:
-    """Returns the results of a loop as results of one node of the autograd graph."""
+def _recorded(ran: Ran, run: Run) -> Ran:
+    """Returns the results of a loop as results of one node of the autograd graph; what it only passed on, as it was."""
     carried = tuple(index for index, slot in enumerate(run.start.slots) if slot in run.start.active)
     shared = tuple(index for index, slot in enumerate(run.around.shared) if slot in run.around.wanted)
     own = [index for index, slot in enumerate(run.around.batch) if slot in run.around.wanted]
@@ -113,4 +116,7 @@ def _recorded(ran: Ran, run: Run) -> list[Tensor]:
     )
     inputs = [run.carried[index] for index in carried] + [run.shared[index] for index in shared]
     inputs += [run.batches[step][index] for step, index in batches]
-    return list(CompiledLoop.apply(ran, Sources(carried, shared, batches), *inputs))
+    results = iter(CompiledLoop.apply(ran, Sources(carried, shared, batches), *inputs))
+    through = ran.tape.through
+    last = [run.carried[through[i]] if i in through else next(results) for i in range(len(ran.carried))]
+    return Ran(ran.tape, last, list(results))

@@ -1,0 +1,28 @@
+"""The model's output, or the loss, for a train state: no step is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gimli_compile.compiled.calls import Compiler, evaluate_compiled
+from gimli_compile.loss_table import Asked, LossTable
+from gimli_compile.records import opened
+from gimli_compile.state import Tensors
+
+
+def evaluate(
+    losses: LossTable, compiler: Compiler | None, asked: Asked, model_key: Any, *, tasks: bool = False
+) -> tuple[Any, Tensors]:
+    """Returns the output or the loss, and the new buffers; with `tasks`, for one state and one batch for each task."""
+    asked = asked._replace(batch=opened(asked.batch), meta=opened(asked.meta))
+    if compiler is not None:
+        return evaluate_compiled(compiler, asked, model_key, tasks=tasks)
+    if not tasks:
+        return losses.evaluate(asked)
+
+    def one(params: Tensors, buffers: Tensors, batch: Any) -> tuple[Any, Tensors]:
+        return losses.evaluate(asked._replace(params=params, buffers=buffers, batch=batch))
+
+    return torch.func.vmap(one, randomness="different")(asked.params, asked.buffers, asked.batch)
