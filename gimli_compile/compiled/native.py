@@ -21,6 +21,7 @@ from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import Adjoints, Ran, Record, Tape, run_backward
 
 Tensor = torch.Tensor
+_PLAIN, _SAVING, _BACKWARD = range(3)  # places in what `CompiledFunction.entries` returns
 
 
 class NativeLoop:
@@ -34,8 +35,7 @@ class NativeLoop:
         place = {bound: index for index, bound in enumerate(self._distinct)}
         self._order = [place[bound] for bound in plan]
         self._to_batches = any(bound.to_batch for bound in self._distinct)
-        self._known: list[tuple[int, int, int]] = []
-        self._is_built = False
+        self._entries = [(0, 0, 0)] * len(self._distinct)
         self.through = passed_through(plan)
         self.needs_more = any(bound.step.draws or bound.step.constants for bound in self._distinct)
 
@@ -43,11 +43,11 @@ class NativeLoop:
     def _tables(self) -> list[Any]:
         return [driver().step(*_table(bound)) for bound in self._distinct]
 
-    def _entries(self) -> list[tuple[int, int, int]]:
-        if not self._is_built:
-            self._known = [bound.compiled.entries() for bound in self._distinct]
-            self._is_built = all(map(all, self._known))
-        return self._known
+    def _have(self, *kinds: int) -> bool:
+        """Tells whether all steps have lean programs of these kinds, as `entries` counts them."""
+        if not all(entries[kind] for entries in self._entries for kind in kinds):
+            self._entries = [bound.compiled.entries() for bound in self._distinct]
+        return all(entries[kind] for entries in self._entries for kind in kinds)
 
     def can_run(self, tape: Tape, *, record: bool) -> bool:
         """Tells whether the driver can run this loop forward.
@@ -56,15 +56,14 @@ class NativeLoop:
         """
         if record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return False
-        saves = record and tape.segment is None
-        return all(saving if saves else plain for plain, saving, _ in self._entries())
+        return self._have(_SAVING if record and tape.segment is None else _PLAIN)
 
     def can_run_back(self, segment: int | None) -> bool:
         """Tells whether the driver can run the adjoints of a loop."""
-        return all(backward and (segment is None or saving) for _, saving, backward in self._entries())
+        return self._have(_BACKWARD) if segment is None else self._have(_BACKWARD, _SAVING)
 
     def _arguments(self, segment: int | None) -> tuple[Any, ...]:
-        return self._tables, self._entries(), self._order, segment or 0
+        return self._tables, self._entries, self._order, segment or 0
 
     def run(self, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool]:
         """Runs a loop; returns what it gave, and whether the conditions of all steps held."""
