@@ -270,6 +270,22 @@ def test_large_products_and_other_types():
     assert_agree([one.double() for one in results], [one.double() for one in function(*inputs)], 1e-5)
 
 
+def test_tanh_is_right_to_the_last_places():
+    """Of every size, on both sides of where its formula changes, and for what is no number."""
+    sizes = torch.cat([torch.logspace(-38, 2, 40001), torch.linspace(0.5, 0.75, 20001), torch.linspace(0, 12, 40001)])
+    special = torch.tensor([0.0, 1e-45, 3e38, float("inf"), float("nan"), 0.625])
+    x = torch.cat([sizes, special, -sizes, -special])
+    program = compile_with_inductor(trace(lambda a: [a.tanh()], [x]))
+    (found,) = program([x])
+    assert entry_of(program)
+    exact = x.double().tanh()
+    number = ~x.isnan()
+    unit = torch.nextafter(exact.float().abs(), torch.tensor(2.0)).double() - exact.float().abs().double()
+    off = (found.double() - exact)[number].abs() / unit[number]
+    assert off.max() <= 2 and bool(found[~number].isnan().all())
+    assert torch.equal(found[number].signbit(), x[number].signbit())
+
+
 def test_other_strides_are_refused():
     program = compile_with_inductor(trace(lambda a: [a.exp()], [torch.randn(3, 4)]))
     with pytest.raises(RuntimeError, match="other sizes or strides"):

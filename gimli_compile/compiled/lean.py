@@ -34,6 +34,7 @@ _KNOWN = {
     *(f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")),
 }
 _INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
+_METHOD = re.compile(r"\b(\w+)\.(tanh)\(\)")  # which lean_math.h has a faster function for
 _VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
 _MODULE = """
 extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }
@@ -111,12 +112,8 @@ def lean_text(text: str) -> str | None:
     if _RELEASE not in text:
         return None
     program = text.replace(_HEADER, "", 1).replace(_RELEASE, "", 1).replace(_BEGIN, 'extern "C" void gimli_program(', 1)
-    headers = (
-        _HEADER,
-        "#include <torch/csrc/inductor/cpp_prefix.h>\n",
-        _text("lean_runtime.h"),
-        _text("lean_program.h"),
-    )
+    program = _METHOD.sub(r"gimli::\2(\1)", program)
+    headers = (_HEADER, _KERNELS, *map(_text, ("lean_runtime.h", "lean_program.h", "lean_math.h")))
     return "".join((*headers, program, _MODULE))
 
 
