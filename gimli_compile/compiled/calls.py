@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.choice import LoopInputs, StepChoice
 from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
+from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_options import LoopOptions
@@ -27,7 +28,8 @@ class Compiler:
     """What `Functional.compile` adds: compiled loops and compiled forward passes."""
 
     def __init__(self, stepper: SplitStepper | WholeStepper, losses: LossTable, backend: str, *, verify: bool) -> None:
-        self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify)
+        mixed = MixedSteps(stepper) if isinstance(stepper, SplitStepper) else None
+        self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify, mixed=mixed)
         self.forwards = LoopCompiler(ForwardChoice(losses), backend, verify=verify)
 
 
@@ -44,9 +46,12 @@ def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, mo
         step_dim = 0 if given[1] is None else 1
         dims = (0, *(None if dim is None else 0 for dim in given[1:]))
     batches = Batches(loop.batches, step_dim)
-    inputs = LoopInputs(batches, loop.hyper, loop.meta, options.order, model_key, dims, count)
+    is_mixed = options.backward == "mixed"
+    inputs = LoopInputs(batches, loop.hyper, loop.meta, options.order, model_key, dims, count, is_mixed)
     cut = 0 if options.truncate is None else max(0, len(batches) - options.truncate)
     length = segment_length(options.checkpoint, len(batches) - cut)
+    if is_mixed and length == 1:
+        length = None  # what is kept of a step is the state that it starts from
     if not cut:
         return compiler.unroll(loop.state, inputs, segment=length)
     with torch.no_grad():
@@ -79,7 +84,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _refuse_modes(options: LoopOptions) -> None:
-    if options.backward != "reverse":
+    if options.backward not in ("reverse", "mixed"):
         raise InputError(
             compose_message(
                 f"backward={options.backward!r} in a compiled loop",

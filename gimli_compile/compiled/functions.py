@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from gimli_compile.compiled.halves import Function, Halves, Lanes, halves
 from gimli_compile.compiled.verification import verified
 
 Tensor = torch.Tensor
+Split = Callable[..., Halves]  # `halves`, or what returns such for the same arguments
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class CompiledFunction:
         lanes: Lanes,
         build: Builder,
         what: str,
+        split: Split = halves,
     ) -> None:
         self._build = build
         self._what = what
         self._entries = {"plain": 0, "saving": 0, "backward": 0}
-        self.halves: Halves = halves(function, examples, wanted, summed, lanes)
+        self.halves: Halves = split(function, examples, wanted, summed, lanes)
 
     @cached_property
     def plain(self) -> Executable:
@@ -58,7 +60,8 @@ class CompiledFunction:
     @cached_property
     def saving(self) -> Executable:
         """Computes the results and the fresh residuals; the adjoint, which needs them, is built at the same time."""
-        made = self._build(self.halves.saving, f"{self._what} with residuals")
+        fresh = self.halves.saving is not self.halves.plain
+        made = self._build(self.halves.saving, f"{self._what} with residuals") if fresh else self.plain
         if self.halves.backward is not None:
             _ = self.backward
         return made
