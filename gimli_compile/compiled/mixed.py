@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._functorch.compile_utils import fx_graph_cse
 
 from gimli_compile.compiled.halves import (
     Function,
@@ -29,6 +28,7 @@ from gimli_compile.compiled.halves import (
     without_detach,
 )
 from gimli_compile.compiled.steps import StepFunction
+from gimli_compile.compiled.tidying import computed_once, without_names, without_zeros
 from gimli_compile.forward_derivatives import push_forward
 from gimli_compile.joint_capture import CURE, gradient_slot
 from gimli_compile.passes.redundancy import merge_common_subexpressions
@@ -60,9 +60,11 @@ def mixed_halves(
     given = [node.meta["val"] for node in outputs(saving)]
     kept_values = [examples[place] if place < len(examples) else given[place - len(examples)] for place in kept]
     whole = contiguous(over_tasks(back, lanes, found, len(fakes) + len(seeds)))
-    backward = without_detach(
-        trace(whole, [*examples, *kept_values, *(start.results[place] for place in start.active)])
-    )
+    tangents = [start.results[place] for place in start.active]
+    backward = without_names(trace(torch.func.functionalize(whole), [*examples, *kept_values, *tangents]))
+    if not crossing:
+        backward = computed_once(backward)
+    backward = without_zeros(backward)
     used = _drop_unused(backward, len(examples))
     accumulate(backward, [position for position, index in enumerate(found) if index in summed])
     added_up = tuple(index for index in found if index in summed)
@@ -105,10 +107,7 @@ def _trace_adjoint(adjoint: _Adjoint, given: Sequence[Tensor]) -> tuple[fx.Graph
         found[:] = made
         return list(made.values())
 
-    module = trace(run, given)
-    if not adjoint.crossing:
-        module = fx.GraphModule(module, fx_graph_cse(module.graph))
-    return module, tuple(found)
+    return trace(run, given), tuple(found)
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,13 @@ class _Adjoint:
             return {}
         gradient, joint = self.step.programs[0], self.step.joint
         assert joint is not None
-        made, rows = joint(values), gradient(values)
-        by_slot = {slot: made.get(gradient_slot(Slot(Role.PARAM, slot.path))) for slot in gradient.results}
-        return {
-            slot: rows[slot] if slot.role is Role.ROWS else by_slot[slot] for slot in by_slot if slot.role in CROSSING
-        }
+        paths = [slot.path for slot in gradient.results if slot.role is Role.GRAD]
+        params = {Slot(Role.PARAM, path): values[Slot(Role.PARAM, path)] for path in paths}
+        made = push_forward(joint, values, params, CURE)[0]  # along anything: the same calls as in `_through_gradient`
+        grads = {Slot(Role.GRAD, slot.path): made[gradient_slot(slot)] for slot in params}
+        if not any(slot.role is Role.ROWS for slot in gradient.results):
+            return grads
+        return {**grads, **{slot: value for slot, value in gradient(values).items() if slot.role is Role.ROWS}}
 
     def _through_gradient(self, values: Values, along: Values, seeds: Values, wanted: Sequence[Slot]) -> Values:
         """Returns what the adjoints of the inner gradient, and of the loss itself, are in the inputs of the loss."""

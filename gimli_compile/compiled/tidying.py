@@ -1,0 +1,73 @@
+"""What tracing a derivative leaves over: other names of values, values computed twice, products with nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
+
+aten = torch.ops.aten
+_NAMES = (aten.alias.default, aten.detach.default)
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten.mv.default)
+_ANY_STRIDES = (aten.add.Tensor, aten.mul.Tensor)  # calls that do not look at how a value lies in memory
+_KEEP_ZERO = (aten.expand.default, aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default)
+
+
+def without_names(module: fx.GraphModule) -> fx.GraphModule:
+    """Takes out what only gives a value another name: a graph that writes to nothing has no use for it."""
+    for target in _NAMES:
+        for node in list(module.graph.find_nodes(op="call_function", target=target)):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def computed_once(module: fx.GraphModule) -> fx.GraphModule:
+    """Computes equal calls once; the graph writes to nothing."""
+    return fx.GraphModule(module, fx_graph_cse(module.graph))
+
+
+def without_zeros(module: fx.GraphModule) -> fx.GraphModule:
+    """Takes out products with the derivative of what has none, and sums with them.
+
+    Forward mode writes such a derivative as an expanded zero, and multiplies matrices by it.
+
+        z = aten.expand(aten.zeros([]), [16, 32])
+        a = aten.mm(z, weight)                           becomes     b
+        c = aten.add(a, b)
+    """
+    zeros: set[fx.Node] = set()
+    for node in list(module.graph.nodes):
+        if _is_zero(node, zeros):
+            zeros.add(node)
+        elif node.target is aten.add.Tensor and not node.kwargs and any(part in zeros for part in node.args):
+            _take_other(node, zeros)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _take_other(total: fx.Node, zeros: set[fx.Node]) -> None:
+    """Replaces a sum with zero by the other summand, in the sum's shape."""
+    other = next((part for part in total.args if isinstance(part, fx.Node) and part not in zeros), None)
+    if other is None or other.meta["val"].dtype != total.meta["val"].dtype:
+        return
+    shape = total.meta["val"].shape
+    if other.meta["val"].shape == shape:
+        total.replace_all_uses_with(other)
+    elif all(user.target in _ANY_STRIDES for user in total.users):
+        with total.graph.inserting_before(total):
+            expanded = total.graph.call_function(aten.expand.default, (other, list(shape)))
+        expanded.meta["val"] = total.meta["val"]
+        total.replace_all_uses_with(expanded)
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    if node.target is aten.zeros.default:
+        return node.args[0] == []
+    if node.target is aten.zeros_like.default:
+        return True
+    if node.target in _KEEP_ZERO:
+        return node.args[0] in zeros
+    return node.target in _PRODUCTS and any(part in zeros for part in node.args)
