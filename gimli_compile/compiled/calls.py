@@ -16,6 +16,7 @@ from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_steps import whole_step_error
 from gimli_compile.loss_table import LossTable
 from gimli_compile.records import opened
 from gimli_compile.state import Tensors, TrainState
@@ -47,6 +48,8 @@ def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, mo
         dims = (0, *(None if dim is None else 0 for dim in given[1:]))
     batches = Batches(loop.batches, step_dim)
     is_mixed = options.backward == "mixed"
+    if is_mixed and not compiler.has_mixed:
+        raise whole_step_error()
     inputs = LoopInputs(batches, loop.hyper, loop.meta, options.order, model_key, dims, count, is_mixed)
     cut = 0 if options.truncate is None else max(0, len(batches) - options.truncate)
     length = segment_length(options.checkpoint, len(batches) - cut)

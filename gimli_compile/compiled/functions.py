@@ -12,6 +12,7 @@ from torch import fx
 from gimli_compile.collecting import rare_collections
 from gimli_compile.compiled.backends import Backend, Executable, entry_of
 from gimli_compile.compiled.halves import Function, Halves, Lanes, halves
+from gimli_compile.compiled.tidying import with_reshapes
 from gimli_compile.compiled.verification import verified
 
 Tensor = torch.Tensor
@@ -28,6 +29,7 @@ class Builder:
     @rare_collections()
     def __call__(self, module: fx.GraphModule, what: str) -> Executable:
         """Builds one; with `verify`, it compares itself with the graph in its first call."""
+        module = with_reshapes(module)
         return verified(self.backend, module, what) if self.verify else self.backend(module)
 
 

@@ -6,12 +6,15 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from gimli_compile.compiled.choice import Draws, LoopInputs, Place, at_place
 from gimli_compile.compiled.steps import StepFunction
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.joint_capture import CURE
 from gimli_compile.joint_gradients import JointGradients
 from gimli_compile.loss_conditions import Captured
+from gimli_compile.loss_table import values_of_loss
 from gimli_compile.program import Program
 from gimli_compile.slot import Role, Slot
 from gimli_compile.stepping import SplitStepper, StepInputs
@@ -27,21 +30,26 @@ class MixedSteps:
 
     def of(
         self, step: StepFunction, place: Place, inputs: LoopInputs, draws: Draws, wanted: Collection[Slot]
-    ) -> StepFunction:
+    ) -> StepFunction | None:
         """Returns a step with the joint gradient in what it trains and in the inputs `wanted` of its loss.
+
+        None if the conditions of the loss do not hold here: the joint gradient would be that of another branch.
 
         Raises:
             CaptureError: the inner gradient is not the gradient of the loss, or the loss is another when it is captured
                 again.
         """
-        assert step.gradient is not None
-        slots = [slot for slot in step.gradient.program.inputs if slot in wanted and self._is_used(slot)]
+        gradient = step.gradient
+        assert gradient is not None
+        if gradient.after and not at_place(place, inputs, draws, lambda given: _held(gradient, given)):
+            return None
+        slots = [slot for slot in gradient.program.inputs if slot in wanted and self._is_used(slot)]
         trained = (Slot(Role.PARAM, name) for name in self._stepper.trained)
         sources = tuple(dict.fromkeys((*trained, *slots)))
         captured = at_place(place, inputs, draws, lambda given: self._find(given, sources))
         key = (step, id(captured))  # which `_joints` keeps
         if key not in self._made:
-            _check_conditions(step.gradient, captured)
+            _check_conditions(gradient, captured)
             self._made[key] = replace(step, joint=_with_own_constants(captured.program))
         return self._made[key]
 
@@ -52,6 +60,12 @@ class MixedSteps:
 
     def _is_used(self, slot: Slot) -> bool:
         return slot.role is not Role.BUFFER or slot.path in self._stepper.losses.used_buffers()
+
+
+def _held(gradient: Captured, inputs: StepInputs) -> bool:
+    values = values_of_loss(inputs.state, inputs.batch, inputs.meta)
+    with torch.no_grad():
+        return gradient.held(gradient.program({**values, **(inputs.draws or {})}))
 
 
 def _check_conditions(gradient: Captured, joint: Captured) -> None:

@@ -97,6 +97,8 @@ class Planner:
                 rest = run.rest(place.index, step)
                 if inputs.is_mixed and run.record:
                     step = self._with_joint(step, run, inputs, place)
+                    if step is None:
+                        continue
                     rest = run.rest(place.index, step)
                 pool = [*place.carried, *run.shared, *rest]
                 bound = self._bind(step, place.slots, run.around, pool, inputs)
@@ -117,7 +119,7 @@ class Planner:
             )
         )
 
-    def _with_joint(self, step: StepFunction, run: Run, inputs: LoopInputs, place: Place) -> StepFunction:
+    def _with_joint(self, step: StepFunction, run: Run, inputs: LoopInputs, place: Place) -> StepFunction | None:
         assert self._mixed is not None
         wanted = run.around.wanted | place.slots.active
         return self._mixed.of(step, place, inputs, run.draws[place.index], wanted)

@@ -29,6 +29,7 @@ class LoopCompiler:
         self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
         self._plans: dict[Any, NativeLoop] = {}
+        self.has_mixed = mixed is not None
 
     def unroll(self, state: TrainState, inputs: LoopInputs, *, segment: int | None) -> tuple[TrainState, Any]:
         """Returns the last state, and what the steps returned, stacked in the last dimension.
