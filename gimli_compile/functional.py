@@ -306,9 +306,7 @@ class Functional:
         options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
         values = self._hyper_values(hyper, tasks)
         model_key = self._model_view.options
-        if self._compiler is not None:
-            check_start(state_of_one_task(state, tasks), self._model_view, self._view)
-            return unroll_compiled(self._compiler.loops, Loop(state, batches, values, meta), options, model_key)
+        loop = Loop(state, batches, values, meta)
         steps = LoopSteps(
             self._stepper,
             self._adjoint,
@@ -318,7 +316,11 @@ class Functional:
             recomputes=options.recomputes,
             trained=self._trained,
         )
-        made = unroll_steps(steps, Loop(state, batches, values, meta), options)
+        if self._compiler is None:
+            made = unroll_steps(steps, loop, options)
+        else:
+            check_start(state_of_one_task(state, tasks), self._model_view, self._view)
+            made = unroll_compiled(self._compiler.loops, loop, options, steps)
         self.last_plan = steps.plan
         return made
 

@@ -404,7 +404,7 @@ def test_the_forward_pass_of_many_tasks():
     assert_agree([fn.compile("eager")(state, x, tasks=True)], [expected], 1e-13)
 
 
-@pytest.mark.parametrize("mode", ["forward", "implicit", "auto"])
+@pytest.mark.parametrize("mode", ["forward", "implicit"])
 def test_other_ways_through_the_backward_pass_are_refused(mode):
     case = Case()
     fn = case.functionalized()
