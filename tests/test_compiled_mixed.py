@@ -312,6 +312,20 @@ def test_the_root_of_the_steps_is_kept():
     assert peaks[2] < peak(256) / 3
 
 
+def test_the_last_step_of_a_segment_is_not_taken_again(monkeypatch):
+    """Its adjoint needs what it starts from, and nothing of what it computes."""
+    calls = []
+
+    def counted(module):
+        name = "adjoint" if any("sum_" in node.name for node in module.graph.find_nodes(op="placeholder")) else "step"
+        return lambda inputs: calls.append(name) or module(*inputs)
+
+    monkeypatch.setitem(backends.BACKENDS, "eager", counted)
+    fast = functionalized(PLAIN).compile("eager", verify=False)
+    unrolled_gradients(PLAIN, fast, backward="mixed", checkpoint=2)
+    assert calls == ["step"] * 4 + ["step", "adjoint", "adjoint"] * 2
+
+
 def built(monkeypatch, training, **options):
     """Returns the halves of the last step that a loop built."""
     made = []
