@@ -10,7 +10,7 @@ import torch
 from gimli_compile.collecting import rare_collections
 from gimli_compile.errors import CaptureError
 from gimli_compile.forward_derivatives import Values, push_forward
-from gimli_compile.joint_capture import CURE, capture_joint, gradient_slot, no_gradient_field
+from gimli_compile.joint_capture import CURE, capture_joint, gradient_slot, no_gradient_field, refuse_complex
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.loss_table import LossTable, values_of_loss
 from gimli_compile.program import Program
@@ -98,6 +98,7 @@ class JointGradients:
     ) -> Captured:
         losses = self.losses
         assert losses.loss_fn is not None
+        refuse_complex(slot for slot in wanted if slot in values and values[slot].is_complex())
         params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))
         title = f"joint gradient of {losses.title}"
         with outside_transforms(), torch.random.fork_rng():

@@ -30,7 +30,7 @@ from gimli_compile.compiled.halves import (
 from gimli_compile.compiled.steps import StepFunction
 from gimli_compile.compiled.tidying import computed_once, without_names, without_zeros
 from gimli_compile.forward_derivatives import push_forward
-from gimli_compile.joint_capture import CURE, gradient_slot
+from gimli_compile.joint_capture import CURE, gradient_slot, refuse_complex
 from gimli_compile.passes.redundancy import merge_common_subexpressions
 from gimli_compile.pulling_back import Values, added, pull_back
 from gimli_compile.slot import CROSSING, Role, Slot
@@ -43,6 +43,7 @@ def mixed_halves(
     step: StepFunction, examples: Sequence[Tensor], wanted: Sequence[int], summed: frozenset[int], lanes: Lanes
 ) -> Halves:
     """Splits a step into its halves: see `halves`, which does so in reverse mode."""
+    refuse_complex(step.inputs[index] for index in wanted if examples[index].is_complex())
     start = trace_results(step, examples, wanted, lanes)
     if not start.active:
         return start.without_adjoints()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
@@ -10,7 +13,7 @@ aten = torch.ops.aten
 _NAMES = (aten.alias.default, aten.detach.default)
 _PRODUCTS = (aten.mm.default, aten.bmm.default, aten.mv.default)
 _ANY_STRIDES = (aten.add.Tensor, aten.mul.Tensor)  # calls that do not look at how a value lies in memory
-_KEEP_ZERO = (aten.expand.default, aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default)
+_MOVES = (aten.expand.default, aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default)
 
 
 def without_names(module: fx.GraphModule) -> fx.GraphModule:
@@ -48,18 +51,20 @@ def without_zeros(module: fx.GraphModule) -> fx.GraphModule:
         a = aten.mm(z, weight)                           becomes     b
         c = aten.add(a, b)
     """
-    zeros: set[fx.Node] = set()
+    absent: set[fx.Node] = set()
     for node in list(module.graph.nodes):
-        if _is_zero(node, zeros):
-            zeros.add(node)
-        elif node.target is aten.add.Tensor and not node.kwargs and any(part in zeros for part in node.args):
-            _take_other(node, zeros)
+        if _is_absent(node, absent):
+            absent.add(node)
+        elif node.target is aten.add.Tensor and not node.kwargs:
+            zeros = [part for part in node.args if part in absent or _is_zero(part)]
+            if zeros:
+                _take_other(node, zeros)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-def _take_other(total: fx.Node, zeros: set[fx.Node]) -> None:
+def _take_other(total: fx.Node, zeros: Sequence[Any]) -> None:
     """Replaces a sum with zero by the other summand, in the sum's shape."""
     other = next((part for part in total.args if isinstance(part, fx.Node) and part not in zeros), None)
     if other is None or other.meta["val"].dtype != total.meta["val"].dtype:
@@ -74,11 +79,14 @@ def _take_other(total: fx.Node, zeros: set[fx.Node]) -> None:
         total.replace_all_uses_with(expanded)
 
 
-def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+def _is_zero(part: Any) -> bool:
+    return isinstance(part, fx.Node) and part.target is aten.zeros_like.default
+
+
+def _is_absent(node: fx.Node, absent: set[fx.Node]) -> bool:
+    """Tells whether a value is the derivative of something that has none, or made of it alone."""
     if node.target is aten.zeros.default:
         return node.args[0] == []
-    if node.target is aten.zeros_like.default:
-        return True
-    if node.target in _KEEP_ZERO:
-        return node.args[0] in zeros
-    return node.target in _PRODUCTS and any(part in zeros for part in node.args)
+    if node.target in _MOVES:
+        return node.args[0] in absent
+    return node.target in _PRODUCTS and any(part in absent for part in node.args)
