@@ -72,6 +72,7 @@ CONTENDERS: tuple[Contender, ...] = (
             ("reverse", "reverse", {}),
             ("step", "reverse, checkpoint='step'", {"checkpoint": "step"}),
             ("mixed", "mixed", {"backward": "mixed"}),
+            ("mixed-sqrt", "mixed, checkpoint='sqrt'", {"backward": "mixed", "checkpoint": "sqrt"}),
             ("sqrt", "reverse, checkpoint='sqrt'", {"checkpoint": "sqrt"}),
         )
     ),

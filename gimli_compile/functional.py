@@ -58,7 +58,7 @@ from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
-from gimli_compile.tasks import Loop, Tasks
+from gimli_compile.tasks import Loop, Tasks, state_of_one_task
 from gimli_compile.train_steps import DefaultStep, UserStep
 from gimli_compile.transforms import is_differentiated
 from gimli_compile.unrolling import unroll_steps
@@ -311,9 +311,7 @@ class Functional:
         options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
         values = self._hyper_values(hyper, tasks)
         model_key = self._model_view.options
-        if self._compiler is not None:
-            check_start(state, self._model_view, self._view)
-            return unroll_compiled(self._compiler.loops, Loop(state, batches, values, meta), options, model_key)
+        loop = Loop(state, batches, values, meta)
         steps = LoopSteps(
             self._stepper,
             self._adjoint,
@@ -323,7 +321,11 @@ class Functional:
             recomputes=options.recomputes,
             trained=self._trained,
         )
-        made = unroll_steps(steps, Loop(state, batches, values, meta), options)
+        if self._compiler is None:
+            made = unroll_steps(steps, loop, options)
+        else:
+            check_start(state_of_one_task(state, tasks), self._model_view, self._view)
+            made = unroll_compiled(self._compiler.loops, loop, options, steps)
         self.last_plan = steps.plan
         return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -71,6 +71,21 @@ def no_gradient_field(what: str, where: object) -> CaptureError:
             CURE,
         )
     )
+
+
+def refuse_complex(slots: Iterable[Slot]) -> None:
+    """Refuses these inputs, which are complex."""
+    found = ", ".join(map(str, slots))
+    if found:
+        raise CaptureError(
+            compose_message(
+                f'`backward="mixed"` cannot differentiate in complex numbers: {found}',
+                None,
+                "It takes the derivative of the inner gradient to be symmetric, which that of a real loss in complex "
+                "numbers is not.",
+                CURE,
+            )
+        )
 
 
 def _refuse_hooks(view: ModelView) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from gimli_compile.collecting import rare_collections
 from gimli_compile.errors import CaptureError
 from gimli_compile.forward_derivatives import Values, push_forward
-from gimli_compile.joint_capture import CURE, capture_joint, gradient_slot, no_gradient_field
+from gimli_compile.joint_capture import CURE, capture_joint, gradient_slot, no_gradient_field, refuse_complex
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.loss_table import LossTable, values_of_loss
 from gimli_compile.program import Program
@@ -46,19 +46,51 @@ class JointGradients:
         `v . grad` in x, for x the parameters (the Hessian product) and anything else (the mixed term).
         """
         values = values_of_loss(state, batch, meta)
-        key = (model_key, tree_form((state.params, state.buffers, batch, meta)), wanted)
-        known = self._known.setdefault(key, [])
-        for captured in (*known, None):
-            if captured is None:
-                captured = self._capture(state, batch, meta, wanted, values, draws)
-                known.append(captured)
-            if not captured.fits(values, draws):
-                continue
+        for captured in self._fitting(state, batch, meta, wanted, draws, model_key):
             given = {**values, **_draws_of(captured.program, draws)}
             results, tangents = push_forward(captured.program, given, along, CURE)
             if captured.held(results):
                 return _by_input(wanted, results), _by_input(wanted, tangents) if along else {}
-        raise CaptureError(f"the branches of {self.losses.title} come out otherwise than when the step ran. {CURE}")
+        raise self._unsettled()
+
+    def find(
+        self,
+        state: TrainState,
+        batch: Any,
+        meta: Any,
+        *,
+        wanted: tuple[Slot, ...],
+        draws: dict[Slot, torch.Tensor],
+        model_key: Any,
+    ) -> Captured:
+        """Returns the joint gradient of the loss in the inputs `wanted` that holds for these values."""
+        values = values_of_loss(state, batch, meta)
+        for captured in self._fitting(state, batch, meta, wanted, draws, model_key):
+            given = {**values, **_draws_of(captured.program, draws)}
+            if not captured.after or captured.held(push_forward(captured.program, given, {}, CURE)[0]):
+                return captured
+        raise self._unsettled()
+
+    def _fitting(
+        self,
+        state: TrainState,
+        batch: Any,
+        meta: Any,
+        wanted: tuple[Slot, ...],
+        draws: dict[Slot, torch.Tensor],
+        model_key: Any,
+    ) -> Iterator[Captured]:
+        """Yields what is known and fits, as far as can be told before it runs, then a new capture."""
+        values = values_of_loss(state, batch, meta)
+        key = (model_key, tree_form((state.params, state.buffers, batch, meta)), wanted)
+        known = self._known.setdefault(key, [])
+        yield from [captured for captured in known if captured.fits(values, draws)]
+        known.append(self._capture(state, batch, meta, wanted, values, draws))
+        if known[-1].fits(values, draws):
+            yield known[-1]
+
+    def _unsettled(self) -> CaptureError:
+        return CaptureError(f"the branches of {self.losses.title} come out otherwise than when the step ran. {CURE}")
 
     @rare_collections()
     def _capture(
@@ -66,6 +98,7 @@ class JointGradients:
     ) -> Captured:
         losses = self.losses
         assert losses.loss_fn is not None
+        refuse_complex(slot for slot in wanted if slot in values and values[slot].is_complex())
         params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))
         title = f"joint gradient of {losses.title}"
         with outside_transforms(), torch.random.fork_rng():

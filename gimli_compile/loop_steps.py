@@ -58,7 +58,7 @@ class LoopSteps:
     ) -> tuple[TrainState, Any, dict[str, Any]]:
         """Returns the new state, the loss before the step, and what there is of its gradient by parameter name."""
         if isinstance(self.stepper, WholeStepper):
-            raise _whole_step_error()
+            raise whole_step_error()
         new, loss, grads = self._checked(self.stepper.step_with_gradient, state, batch, hyper, meta, draws)
         return new, loss, {name: grad for name, grad in grads.items() if grad is not None}
 
@@ -105,7 +105,8 @@ class LoopSteps:
         return self.stepper.carried_buffers()
 
 
-def _whole_step_error() -> InputError:
+def whole_step_error() -> InputError:
+    """Returns the error for a step that has no program of its inner gradient."""
     return InputError(
         compose_message(
             'backward="mixed" needs the loss and the update as two programs, and this step is one',

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from gimli_compile.joint_capture import refuse_complex
 from gimli_compile.loop_labels import labels_of, settled_buffers, state_slots
 from gimli_compile.loop_node import run_as_node
 from gimli_compile.loop_steps import LoopSteps
@@ -39,6 +41,7 @@ class MixedMode:
     def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any, Any]:
         """Returns the last state with the losses; keeps the state before each segment, the draws, inner gradients."""
         state, batches, hyper, meta = inputs
+        _refuse_complex(inputs, needed)
         losses, kept = [], []
         for start in range(0, len(batches), self.length):
             before, draws, grads = state, [], None
@@ -72,6 +75,12 @@ class MixedMode:
             found.append((state, drawn, grads))
             state = after
         return found
+
+
+def _refuse_complex(inputs: Any, needed: Sequence[bool]) -> None:
+    triples = zip(labels_of(inputs), pytree.tree_leaves(inputs), needed, strict=True)
+    refuse_complex(label[1] for label, leaf, is_needed in triples if label and is_needed and leaf.is_complex())
+    refuse_complex(Slot(Role.PARAM, name) for name, value in inputs[0].params.items() if value.is_complex())
 
 
 class _Carrier:

@@ -37,6 +37,14 @@ def lead_with_tasks(loop: Loop, dims: tuple[int | None, ...]) -> Loop:
     return Loop(state, batches, hyper, meta)
 
 
+def state_of_one_task(state: TrainState, tasks: Tasks) -> TrainState:
+    """Returns a state of the form that steps see: where each task has its own, that of the first."""
+    dim = None if isinstance(tasks, bool) else tasks[0]
+    if dim is None:
+        return state
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.select(dim, 0), state)
+
+
 class TaskSteps:
     """The steps of all tasks at once, each mapped over the tasks.
 

@@ -44,11 +44,16 @@ def unroll_steps(steps: LoopSteps, loop: Loop, options: LoopOptions) -> tuple[Tr
         loop = replace(loop, state=pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state))
     loop = replace(loop, batches=batches[cut:])
     if options.backward == "auto":
-        steps.plan = plan = choose_plan(taken, loop, bytes_of_text(options.memory))
-        options = replace(options, backward=plan.backward, checkpoint=plan.checkpoint, memory=None)
+        options = planned(steps, taken, loop, options)
         steps.recomputes = options.recomputes
     state, made = _differentiated(taken, loop, options, segment_length(options.checkpoint, len(batches)))
     return state, _stacked(losses + made)
+
+
+def planned(steps: LoopSteps, taken: LoopSteps | TaskSteps, loop: Loop, options: LoopOptions) -> LoopOptions:
+    """Returns the options of the way that "auto" chooses for a loop over batches; `steps` has the plan from then on."""
+    steps.plan = plan = choose_plan(taken, loop, bytes_of_text(options.memory))
+    return replace(options, backward=plan.backward, checkpoint=plan.checkpoint, memory=None)
 
 
 def _differentiated(

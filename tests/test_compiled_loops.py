@@ -460,7 +460,7 @@ def test_the_forward_pass_of_many_tasks():
     assert_agree([fn.compile("eager")(state, x, tasks=True)], [expected], 1e-13)
 
 
-@pytest.mark.parametrize("mode", ["mixed", "forward", "implicit", "auto"])
+@pytest.mark.parametrize("mode", ["forward", "implicit"])
 def test_other_ways_through_the_backward_pass_are_refused(mode):
     case = Case()
     fn = case.functionalized()
@@ -492,3 +492,21 @@ def test_frozen_buffers_stay():
     found, found_losses = fn.compile("eager").unroll(fn.init(), batches)
     assert_agree([*pytree.tree_leaves(found), found_losses], [*pytree.tree_leaves(expected), losses], 1e-13)
     assert torch.equal(found.buffers["1.running_mean"], fn.init().buffers["1.running_mean"])
+
+
+@pytest.mark.parametrize("backend", ["eager", "torchscript"])
+def test_convolutions_of_many_tasks(backend):
+    """Gradients of batched convolutions lie in memory otherwise than a trace without values says: views failed."""
+    check(Case(model=Pooled, inputs=64, tasks=2), backend, 1e-9)
+
+
+def test_tasks_with_states_of_their_own():
+    """The form of such a state was compared with the model's, and refused."""
+    fn = Case().functionalized()
+    states = pytree.tree_map(lambda value: torch.stack([value, 0.5 * value]), fn.init())
+    batches = Case(tasks=2).batches()
+    expected, losses = fn.unroll(states, batches, tasks=(0, 0, None, None))
+    found, found_losses = fn.compile("eager").unroll(states, batches, tasks=(0, 0, None, None))
+    assert_agree([*pytree.tree_leaves(found), found_losses], [*pytree.tree_leaves(expected), losses], 1e-13)
+    with pytest.raises(gimli.InputError, match="but the model's is"):
+        fn.compile("eager").unroll(states, batches, tasks=True)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +67,31 @@ def test_the_estimate_is_near_what_is_used(steps, options):
     assert fn.last_plan is not None
     assert fn.last_plan.backward == options.get("backward", "reverse")
     assert 0.4 * fn.last_plan.bytes <= peak_of(run) <= 1.3 * fn.last_plan.bytes
+
+
+@pytest.mark.parametrize("tasks", [None, 3])
+def test_compiled_loops_go_by_the_same_plans(tasks):
+    training = deep()
+    _, _, fn = training.functionalized()
+    fast = fn.compile("eager")
+    batches, options = training.batches, {}
+    if tasks is not None:
+        batches, options = [tuple(torch.stack([part] * tasks) for part in batch) for batch in batches], {"tasks": True}
+
+    def gradient(fn, **way):
+        hyper = fn.hyperparameters()
+        rate = hyper[0]["lr"].requires_grad_()
+        _, losses = fn.unroll(fn.init(), batches, hyper, **options, **way)
+        return torch.autograd.grad(losses.sum(), rate)[0]
+
+    expected, chosen = gradient(fn), []
+    for memory in (1 << 30, (tasks or 1) * 1_000_000, (tasks or 1) * 240_000):
+        run = partial(gradient, fast, backward="auto", memory=memory)
+        assert torch.allclose(run(), expected, rtol=1e-10)
+        assert fast.last_plan is not None and fn.last_plan is None
+        assert peak_of(run) <= 1.3 * fast.last_plan.bytes
+        chosen.append((fast.last_plan.backward, fast.last_plan.checkpoint))
+    assert chosen[0] == ("reverse", None) and chosen[-1][0] == "mixed" and len(set(chosen)) == 3
 
 
 def test_the_choice_is_logged(caplog):

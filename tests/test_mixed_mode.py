@@ -390,3 +390,27 @@ def test_a_loss_with_learned_parts_needs_no_gradient_of_what_is_fixed():
     assert relative_error(meta["weights"].grad, again["weights"].grad) <= 1e-12
     assert meta["penalty"].grad is None
     assert weighted is training.loss
+
+
+class Spectral(nn.Module):
+    """Weights of a spectrum: complex, so that the derivative of a gradient is no symmetric matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return torch.fft.ifft(torch.fft.fft(x) * self.weight).real[:, :2]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_complex_parameters_are_refused(compiled):
+    torch.manual_seed(0)
+    model = Spectral()
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), squared_error)
+    state = fn.init()
+    start = replace(state, params={name: p.clone().requires_grad_() for name, p in state.params.items()})
+    with pytest.raises(gimli.CaptureError, match=r"complex numbers: params\[weight\][\s\S]*reverse"):
+        fast = fn.compile("eager") if compiled else fn
+        _, losses = fast.unroll(start, PLAIN.batches, backward="mixed")
+        losses.sum().backward()

@@ -61,6 +61,11 @@ class Bound:
         return len(self.forms)
 
     @cached_property
+    def keeps_inputs_only(self) -> bool:
+        """Tells whether its adjoint needs nothing that the step computes."""
+        return all(place < len(self.take) for place in self.compiled.halves.residuals)
+
+    @cached_property
     def seeds(self) -> tuple[tuple[int, ...], ...]:
         """For each active result, the places of its adjoints in those of what is carried on and returned, together."""
         routes = []

@@ -12,30 +12,54 @@ from torch.utils import _pytree as pytree
 from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.choice import LoopInputs, StepChoice
 from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
+from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_steps import LoopSteps, whole_step_error
 from gimli_compile.loss_table import Asked, LossTable
 from gimli_compile.records import opened
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
-from gimli_compile.tasks import Loop, lead_with_tasks
-from gimli_compile.unrolling import segment_length
+from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
+from gimli_compile.unrolling import planned, segment_length
 
 
 class Compiler:
     """What `Functional.compile` adds: compiled loops and compiled forward passes."""
 
     def __init__(self, stepper: SplitStepper | WholeStepper, losses: LossTable, backend: str, *, verify: bool) -> None:
-        self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify)
+        mixed = MixedSteps(stepper) if isinstance(stepper, SplitStepper) else None
+        self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify, mixed=mixed)
         self.forwards = LoopCompiler(ForwardChoice(losses, is_loss=False), backend, verify=verify)
         self.losses = LoopCompiler(ForwardChoice(losses, is_loss=True), backend, verify=verify)
 
 
-def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, model_key: Any) -> tuple[TrainState, Any]:
-    """Runs a loop by compiled programs: see `Functional.unroll`."""
-    refuse_transforms((loop.state, loop.batches, loop.hyper, loop.meta))
+def unroll_compiled(
+    compiler: LoopCompiler, loop: Loop, options: LoopOptions, steps: LoopSteps
+) -> tuple[TrainState, Any]:
+    """Runs a loop by compiled programs: see `Functional.unroll`. `steps` are the uncompiled ones."""
     _refuse_modes(options)
+    loop, inputs = _inputs_of(loop, options, steps.model_key)
+    first = 0 if options.truncate is None else max(0, len(inputs.batches) - options.truncate)
+    if options.backward == "auto":
+        taken = steps if inputs.dims is None else TaskSteps(steps, inputs.dims)
+        differentiated = replace(loop, batches=inputs.batches.part(first, len(inputs.batches)))
+        options = planned(steps, taken, differentiated, options)
+    return _run(compiler, loop.state, inputs, options, first)
+
+
+def step_compiled(compiler: LoopCompiler, given: StepInputs) -> tuple[TrainState, Any]:
+    """Takes one step by compiled programs: see `Functional.step`."""
+    options = LoopOptions()
+    loop, inputs = _inputs_of(Loop(given.state, [given.batch], dict(given.hyper), given.meta), options, given.model_key)
+    state, losses = _run(compiler, loop.state, inputs, options, 0)
+    return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
+
+
+def _inputs_of(loop: Loop, options: LoopOptions, model_key: Any) -> tuple[Loop, LoopInputs]:
+    """Returns a loop in which what differs between tasks leads with the task, and what it runs on."""
+    refuse_transforms((loop.state, loop.batches, loop.hyper, loop.meta))
     loop = replace(loop, batches=opened(loop.batches), meta=opened(loop.meta))
     dims, count, step_dim = None, None, 0
     if options.tasks is not False:
@@ -45,23 +69,26 @@ def unroll_compiled(compiler: LoopCompiler, loop: Loop, options: LoopOptions, mo
         step_dim = 0 if given[1] is None else 1
         dims = (0, *(None if dim is None else 0 for dim in given[1:]))
     batches = Batches(loop.batches, step_dim)
-    inputs = LoopInputs(batches, loop.hyper, loop.meta, options.order, model_key, dims, count)
-    cut = 0 if options.truncate is None else max(0, len(batches) - options.truncate)
-    length = segment_length(options.checkpoint, len(batches) - cut)
-    if not cut:
-        return compiler.unroll(loop.state, inputs, segment=length)
+    return loop, LoopInputs(batches, loop.hyper, loop.meta, options.order, model_key, dims, count)
+
+
+def _run(
+    compiler: LoopCompiler, state: TrainState, inputs: LoopInputs, options: LoopOptions, first: int
+) -> tuple[TrainState, Any]:
+    """Runs a loop of which the steps from `first` on are differentiated."""
+    count = len(inputs.batches)
+    inputs = replace(inputs, is_mixed=options.backward == "mixed")
+    length = segment_length(options.checkpoint, count - first)
+    if inputs.is_mixed and not compiler.has_mixed:
+        raise whole_step_error()
+    if inputs.is_mixed and length == 1:
+        length = None  # what is kept of a step is the state that it starts from
+    if not first:
+        return compiler.unroll(state, inputs, segment=length)
     with torch.no_grad():
-        state, losses = compiler.unroll(loop.state, replace(inputs, batches=batches.part(0, cut)), segment=None)
-    rest = replace(inputs, batches=batches.part(cut, len(batches)))
-    state, last = compiler.unroll(state, rest, segment=length)
+        state, losses = compiler.unroll(state, replace(inputs, batches=inputs.batches.part(0, first)), segment=None)
+    state, last = compiler.unroll(state, replace(inputs, batches=inputs.batches.part(first, count)), segment=length)
     return state, _joined([losses, last])
-
-
-def step_compiled(compiler: LoopCompiler, inputs: StepInputs) -> tuple[TrainState, Any]:
-    """Takes one step by compiled programs: see `Functional.step`."""
-    loop = Loop(inputs.state, [inputs.batch], dict(inputs.hyper), inputs.meta)
-    state, losses = unroll_compiled(compiler, loop, LoopOptions(), inputs.model_key)
-    return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
 
 
 def evaluate_compiled(compiler: Compiler, asked: Asked, model_key: Any, *, tasks: bool = False) -> tuple[Any, Tensors]:
@@ -78,13 +105,13 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _refuse_modes(options: LoopOptions) -> None:
-    if options.backward != "reverse":
+    if options.backward in ("forward", "implicit"):
         raise InputError(
             compose_message(
                 f"backward={options.backward!r} in a compiled loop",
                 None,
-                "Compiled programs are those of reverse mode: a step, and its adjoint.",
-                'Use `backward="reverse"`, with `checkpoint="step"` or "sqrt" to save memory, or unroll uncompiled.',
+                "Compiled programs are a step and its adjoint, which carry derivatives back, not forward.",
+                'Use `backward="mixed"`, with `checkpoint="sqrt"` for the least memory, or unroll uncompiled.',
             )
         )
 

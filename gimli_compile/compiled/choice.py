@@ -31,7 +31,8 @@ Draws = dict[Slot, Tensor]
 class LoopInputs:
     """What a loop runs on besides the state: batches, hyperparameters by path, meta.
 
-    With tasks, `dims` are 0 or None for state, batches, hyper and meta, and `tasks` is their number.
+    With tasks, `dims` are 0 or None for state, batches, hyper and meta, and `tasks` is their number. `is_mixed` chooses
+    mixed mode for the way back.
     """
 
     batches: Batches
@@ -41,6 +42,7 @@ class LoopInputs:
     model_key: Any
     dims: tuple[int | None, ...] | None = None
     tasks: int | None = None
+    is_mixed: bool = False
 
     def shared(self) -> dict[Slot, Tensor]:
         """Returns hyperparameters and meta by slot."""
@@ -50,7 +52,7 @@ class LoopInputs:
     def key(self) -> Any:
         """Returns what a plan depends on, besides the tensors' forms."""
         meta = None if self.meta is None else tree_form(self.meta)
-        return self.batches.key(), meta, self.order, self.model_key, self.dims, self.tasks
+        return self.batches.key(), meta, self.order, self.model_key, self.dims, self.tasks, self.is_mixed
 
     def lane_of(self, slot: Slot) -> int | None:
         """Returns the dimension of the tasks of a step's input."""

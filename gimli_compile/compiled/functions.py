@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +12,11 @@ from torch import fx
 from gimli_compile.collecting import rare_collections
 from gimli_compile.compiled.backends import Backend, Executable, entry_of
 from gimli_compile.compiled.halves import Function, Halves, Lanes, halves
+from gimli_compile.compiled.tidying import with_reshapes
 from gimli_compile.compiled.verification import verified
 
 Tensor = torch.Tensor
+Split = Callable[..., Halves]  # `halves`, or what returns such for the same arguments
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Builder:
     @rare_collections()
     def __call__(self, module: fx.GraphModule, what: str) -> Executable:
         """Builds one; with `verify`, it compares itself with the graph in its first call."""
+        module = with_reshapes(module)
         return verified(self.backend, module, what) if self.verify else self.backend(module)
 
 
@@ -44,11 +47,12 @@ class CompiledFunction:
         lanes: Lanes,
         build: Builder,
         what: str,
+        split: Split = halves,
     ) -> None:
         self._build = build
         self._what = what
         self._entries = {"plain": 0, "saving": 0, "backward": 0}
-        self.halves: Halves = halves(function, examples, wanted, summed, lanes)
+        self.halves: Halves = split(function, examples, wanted, summed, lanes)
 
     @cached_property
     def plain(self) -> Executable:
@@ -58,7 +62,8 @@ class CompiledFunction:
     @cached_property
     def saving(self) -> Executable:
         """Computes the results and the fresh residuals; the adjoint, which needs them, is built at the same time."""
-        made = self._build(self.halves.saving, f"{self._what} with residuals")
+        fresh = self.halves.saving is not self.halves.plain
+        made = self._build(self.halves.saving, f"{self._what} with residuals") if fresh else self.plain
         if self.halves.backward is not None:
             _ = self.backward
         return made

@@ -62,24 +62,47 @@ def halves(
         summed: inputs whose adjoints are added up over the steps of a loop.
         lanes: the dimension of the tasks of each input, if there are tasks.
     """
-    single = examples if lanes is None else [_one(example, dim) for example, dim in zip(examples, lanes, strict=True)]
+    start = trace_results(function, examples, wanted, lanes)
+    if not start.active:
+        return start.without_adjoints()
+    results, active = start.results, start.active
+    joint, found = _joint(start.forward, start.single, wanted, active)
+    tangents = [results[index] for index in active]
+    whole = trace(contiguous(over_tasks(joint, lanes, found, len(active))), [*examples, *tangents])
+    name_inputs(without_detach(whole), len(examples))
+    saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
+    residuals = keep_fresh_only(saving, len(examples), len(results))
+    added = tuple(index for index in found if index in summed)
+    accumulate(backward, [position for position, index in enumerate(found) if index in summed])
+    return Halves(start.plain, saving, backward, start.places, residuals, active, found, added, results)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What both ways to the adjoint begin with: `forward` for one task, on inputs like `single`; see `Halves`."""
+
+    forward: fx.GraphModule
+    single: list[Tensor]
+    plain: fx.GraphModule
+    places: tuple[int, ...]
+    active: tuple[int, ...]
+    results: tuple[Tensor, ...]
+
+    def without_adjoints(self) -> Halves:
+        """Returns the halves where nothing depends on what is differentiated."""
+        return Halves(self.plain, self.plain, None, self.places, (), (), (), (), self.results)
+
+
+def trace_results(function: Function, examples: Sequence[Tensor], wanted: Sequence[int], lanes: Lanes) -> Start:
+    """Traces what a function computes, and finds out which results depend on the inputs `wanted`."""
+    given = examples if lanes is None else [_one(example, dim) for example, dim in zip(examples, lanes, strict=True)]
+    single = list(given)
     forward = trace(function, single)
     places = _return_once(forward)
     active = _active(forward, single, wanted)
-    batched = _contiguous(_over_tasks(forward, lanes))
-    plain = _without_detach(trace(batched, examples))
-    results = tuple(node.meta["val"] for node in _outputs(plain))
-    if not active:
-        return Halves(plain, plain, None, places, (), (), (), (), results)
-    joint, found = _joint(forward, single, wanted, active)
-    tangents = [results[index] for index in active]
-    whole = trace(_contiguous(_joint_over_tasks(joint, lanes, found, len(active))), [*examples, *tangents])
-    _name_inputs(_without_detach(whole), len(examples))
-    saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
-    residuals = _keep_fresh_only(saving, len(examples), len(results))
-    added = tuple(index for index in found if index in summed)
-    _accumulate(backward, [position for position, index in enumerate(found) if index in summed])
-    return Halves(plain, saving, backward, places, residuals, active, found, added, results)
+    mapped = forward if lanes is None else torch.func.vmap(forward, in_dims=lanes)
+    plain = without_detach(trace(contiguous(mapped), examples))
+    return Start(forward, single, plain, places, active, tuple(node.meta["val"] for node in outputs(plain)))
 
 
 def _fake(example: Tensor) -> Tensor:
@@ -98,11 +121,12 @@ def _positional(function: Function, count: int) -> Function:
     return eval(f"lambda {names}: function(*({names}{',' if count else ''}))", {"function": function})
 
 
-def _outputs(module: fx.GraphModule) -> Sequence[Any]:
+def outputs(module: fx.GraphModule) -> Sequence[Any]:
+    """Returns the nodes that a graph returns."""
     return next(iter(module.graph.find_nodes(op="output"))).args[0]
 
 
-def _without_detach(module: fx.GraphModule) -> fx.GraphModule:
+def without_detach(module: fx.GraphModule) -> fx.GraphModule:
     """Takes out what only says that nothing is differentiated any further."""
     for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default)):
         node.replace_all_uses_with(node.args[0])
@@ -121,7 +145,7 @@ def _return_once(module: fx.GraphModule) -> tuple[int, ...]:
     return places
 
 
-def _contiguous(function: Function) -> Function:
+def contiguous(function: Function) -> Function:
     """A loop's values have one layout in every step."""
     return lambda *inputs: [result.contiguous() for result in function(*inputs)]
 
@@ -159,28 +183,26 @@ def _joint(
     return trace(run, [*examples, *(results[index] for index in active)]), tuple(found)
 
 
-def _over_tasks(forward: fx.GraphModule, lanes: Lanes) -> Function:
-    return forward if lanes is None else torch.func.vmap(forward, in_dims=lanes)
+def over_tasks(joint: fx.GraphModule, lanes: Lanes, found: tuple[int, ...], others: int) -> Function:
+    """Maps what ends with the adjoints of the inputs `found` over tasks; what all tasks share gets the sum of theirs.
 
-
-def _joint_over_tasks(joint: fx.GraphModule, lanes: Lanes, found: tuple[int, ...], active: int) -> Function:
-    """Maps results and adjoints over tasks; what all tasks share gets the sum of their adjoints."""
+    `others` is the number of inputs besides those of the function, which all lead with the task.
+    """
     if lanes is None:
         return joint
-    mapped = torch.func.vmap(joint, in_dims=(*lanes, *[0] * active))
+    mapped = torch.func.vmap(joint, in_dims=(*lanes, *[0] * others))
 
     def run(*values: Tensor) -> list[Tensor]:
-        outputs = list(mapped(*values))
-        first = len(outputs) - len(found)
-        for position, index in enumerate(found, first):
+        made = list(mapped(*values))
+        for position, index in enumerate(found, len(made) - len(found)):
             dim = lanes[index]
-            outputs[position] = outputs[position].sum(0) if dim is None else outputs[position].movedim(0, dim)
-        return outputs
+            made[position] = made[position].sum(0) if dim is None else made[position].movedim(0, dim)
+        return made
 
     return run
 
 
-def _name_inputs(module: fx.GraphModule, primals: int) -> None:
+def name_inputs(module: fx.GraphModule, primals: int) -> None:
     """Gives the adjoints of results the names by which the partitioner knows them."""
     for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
         if index >= primals:
@@ -189,7 +211,7 @@ def _name_inputs(module: fx.GraphModule, primals: int) -> None:
     module.recompile()
 
 
-def _keep_fresh_only(saving: fx.GraphModule, inputs: int, results: int) -> tuple[int, ...]:
+def keep_fresh_only(saving: fx.GraphModule, inputs: int, results: int) -> tuple[int, ...]:
     """Lets a graph return each residual once and no input; returns where the residuals are to be found."""
     placeholders = list(saving.graph.find_nodes(op="placeholder"))
     assert len(placeholders) == inputs
@@ -206,7 +228,7 @@ def _keep_fresh_only(saving: fx.GraphModule, inputs: int, results: int) -> tuple
     return tuple(places[node] for node in saved)
 
 
-def _accumulate(backward: fx.GraphModule, positions: Sequence[int]) -> None:
+def accumulate(backward: fx.GraphModule, positions: Sequence[int]) -> None:
     """Adds an accumulator to some results of a graph."""
     graph = backward.graph
     output = next(iter(graph.find_nodes(op="output")))

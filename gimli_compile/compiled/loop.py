@@ -150,8 +150,13 @@ def _recompute(tape: Tape, first: int, end: int) -> list[list[Tensor]]:
     """Runs a segment again from the state that was kept; returns the residuals of its steps."""
     assert tape.segment is not None
     carried = tape.kept[first // tape.segment]
-    part = Tape(tape.bound[first:end], tape.shared, tape.rest[first:end], None)
-    run_forward(part, carried, record=True)
+    last = tape.bound[end - 1]
+    steps = end - 1 if last.keeps_inputs_only else end
+    part = Tape(tape.bound[first:steps], tape.shared, tape.rest[first:steps], None)
+    carried = run_forward(part, carried, record=True)[0]
+    if steps < end:  # what the last step computes is known
+        pool = [*carried, *tape.shared, *tape.rest[end - 1]]
+        part.kept.append([pool[last.take[place]] for place in last.compiled.halves.residuals])
     return part.kept
 
 

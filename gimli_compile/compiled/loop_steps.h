@@ -16,6 +16,12 @@ struct Step {
   Pairs passed, to_carried, to_shared, to_batch;
   Places unused;
   Values zeros, no_adjoints;
+
+  // Whether its adjoint needs nothing that the step computes.
+  bool keeps_inputs_only() const {
+    const int64_t inputs = take.size();
+    return std::all_of(residuals.begin(), residuals.end(), [=](int64_t place) { return place < inputs; });
+  }
 };
 
 struct Programs {
@@ -105,8 +111,9 @@ bool holds(const Handle& flags) {
 }
 
 // Runs the steps from `first` to `end`; keeps their residuals, or with segments their boundaries, if there is a `kept`.
+// With `again`, nothing but the residuals is asked for: where those of the last step are its inputs, it does not run.
 Outcome run_steps(const Loop& loop, size_t first, size_t end, const Values& start, const Values& shared,
-                  const std::vector<Values>& rest, std::vector<Values>* kept, bool boundaries) {
+                  const std::vector<Values>& rest, std::vector<Values>* kept, bool boundaries, bool again = false) {
   Outcome outcome;
   outcome.carried = share(start);
   const bool saves = kept && !boundaries;
@@ -114,6 +121,10 @@ Outcome run_steps(const Loop& loop, size_t first, size_t end, const Values& star
     const Step& step = loop.step(index);
     if (kept && boundaries && loop.starts_segment(index)) kept->push_back(share(outcome.carried));
     const Available pool = available(outcome.carried, shared, rest[index]);
+    if (again && index + 1 == end && step.keeps_inputs_only()) {
+      kept->push_back(residuals_of(step, pool, {}));
+      break;
+    }
     Values inputs;
     inputs.reserve(step.take.size());
     for (auto place : step.take) inputs.push_back(pool[place]->share());
@@ -188,7 +199,7 @@ void run_back(const Loop& loop, const Tape& tape, const Values& returned, Adjoin
       if (recomputed.empty()) {
         const int64_t first = index - index % loop.segment;
         const auto& start = tape.kept[first / loop.segment];
-        run_steps(loop, first, index + 1, start, tape.shared, tape.rest, &recomputed, false);
+        run_steps(loop, first, index + 1, start, tape.shared, tape.rest, &recomputed, false, true);
       }
       residuals = std::move(recomputed.back());
       recomputed.pop_back();

@@ -12,7 +12,10 @@ from gimli_compile.argument_checks import check_constants
 from gimli_compile.compiled.binding import Around, Bound, Carried, bind
 from gimli_compile.compiled.choice import Choice, Draws, LoopInputs, Place
 from gimli_compile.compiled.functions import Builder, CompiledFunction
+from gimli_compile.compiled.halves import halves
 from gimli_compile.compiled.loop import Tape, run_step
+from gimli_compile.compiled.mixed import mixed_halves
+from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.steps import StepFunction
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.skeleton import Skeleton
@@ -62,8 +65,9 @@ def _draw(draw: Callable[[], Tensor], lanes: int | None) -> Tensor:
 class Planner:
     """Makes plans: which step functions a loop takes, compiled and bound."""
 
-    def __init__(self, build: Builder) -> None:
+    def __init__(self, build: Builder, mixed: MixedSteps | None) -> None:
         self._build = build
+        self._mixed = mixed
         self._bound: dict[Any, Bound] = {}
 
     def run(self, run: Run, inputs: LoopInputs, choice: Choice) -> tuple[Tape, list[Tensor], list[list[Tensor]]]:
@@ -91,6 +95,11 @@ class Planner:
         for attempt in range(2):
             for step in choice.fitting(place, inputs, run.draws[place.index]):
                 rest = run.rest(place.index, step)
+                if inputs.is_mixed and run.record:
+                    step = self._with_joint(step, run, inputs, place)
+                    if step is None:
+                        continue
+                    rest = run.rest(place.index, step)
                 pool = [*place.carried, *run.shared, *rest]
                 bound = self._bind(step, place.slots, run.around, pool, inputs)
                 kept: list[list[Tensor]] = []
@@ -110,6 +119,11 @@ class Planner:
             )
         )
 
+    def _with_joint(self, step: StepFunction, run: Run, inputs: LoopInputs, place: Place) -> StepFunction | None:
+        assert self._mixed is not None
+        wanted = run.around.wanted | place.slots.active
+        return self._mixed.of(step, place, inputs, run.draws[place.index], wanted)
+
     def _bind(
         self, step: StepFunction, slots: Carried, around: Around, pool: list[Tensor], inputs: LoopInputs
     ) -> Bound:
@@ -122,8 +136,9 @@ class Planner:
             def build(take: Sequence[int], wanted: Sequence[int], summed: frozenset[int]) -> CompiledFunction:
                 lanes = None if inputs.dims is None else tuple(map(inputs.lane_of, step.inputs))
                 examples = [pool[number] for number in take]
+                split = halves if step.joint is None else mixed_halves
                 return CompiledFunction(
-                    step, examples, wanted, summed=summed, lanes=lanes, build=self._build, what=step.title
+                    step, examples, wanted, summed=summed, lanes=lanes, build=self._build, what=step.title, split=split
                 )
 
             self._bound[key] = bind(step, slots, around, pool, build)

@@ -25,7 +25,8 @@ HOLDS = Slot(Role.GUARD, "holds")
 class StepFunction:
     """The programs that one step takes. `gradient` is None where one program is the whole step.
 
-    With `keeps_buffers`, new buffers are no results.
+    With `keeps_buffers`, new buffers are no results. `joint` is the joint gradient of the loss, by which mixed mode
+    goes back (`mixed.py`).
 
     If there are conditions under which the programs hold, the last result is `HOLDS`: whether all came out as at
     capture.
@@ -35,6 +36,7 @@ class StepFunction:
     variant: UpdateVariant
     order: int = 2
     keeps_buffers: bool = False
+    joint: Program | None = None
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:
@@ -50,7 +52,8 @@ class StepFunction:
         """What the step takes: parameters, buffers, state, hyperparameters, batch, meta, draws and constants."""
         owners = (self.variant,) if self.gradient is None else (self.gradient, self.variant)
         deciders = [owner.decide for owner in owners if owner.decide is not None]
-        slots = [slot for program in (*self.programs, *deciders) for slot in program.inputs]
+        joints = () if self.joint is None else (self.joint,)
+        slots = [slot for program in (*self.programs, *deciders, *joints) for slot in program.inputs]
         return tuple(dict.fromkeys(slot for slot in (*slots, *self.variant.pins) if slot.role not in CROSSING))
 
     @cached_property
@@ -75,7 +78,8 @@ class StepFunction:
     @cached_property
     def constants(self) -> dict[Slot, Tensor]:
         """The tensors that the programs hold."""
-        return {slot: value for program in self.programs for slot, value in program.constants.items()}
+        programs = self.programs if self.joint is None else (*self.programs, self.joint)
+        return {slot: value for program in programs for slot, value in program.constants.items()}
 
     @property
     def skeleton(self) -> Skeleton:
@@ -96,7 +100,11 @@ class StepFunction:
 
     def __call__(self, *values: Tensor) -> Sequence[Tensor]:
         """Takes one tensor for each of `inputs` and returns one for each of `results`."""
-        given = dict(zip(self.inputs, values, strict=True))
+        results = self.run(dict(zip(self.inputs, values, strict=True)))
+        return [results[slot] for slot in self.results]
+
+    def run(self, given: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
+        """Returns everything that the programs compute, also what crosses from one to the other, and `HOLDS`."""
         results: dict[Slot, Tensor] = {}
         conditions = list(self._before(given))
         for index, program in enumerate(self.programs):
@@ -107,7 +115,7 @@ class StepFunction:
             results.update(found)
         if self.has_conditions:
             results[HOLDS] = _all(conditions)
-        return [results[slot] for slot in self.results]
+        return results
 
     def _before(self, given: Mapping[Slot, Tensor]) -> Iterator[Tensor]:
         """Yields the conditions that follow from what the step starts with."""

@@ -13,6 +13,7 @@ from gimli_compile.compiled.choice import Choice, LoopInputs
 from gimli_compile.compiled.functions import Builder
 from gimli_compile.compiled.inputs import build_state, forms, state_slots, state_values
 from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward, stacked
+from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.native import NativeLoop
 from gimli_compile.compiled.planning import Planner, Run
 from gimli_compile.slot import Slot
@@ -24,10 +25,11 @@ Tensor = torch.Tensor
 class LoopCompiler:
     """Runs loops by compiled programs; keeps what it compiled."""
 
-    def __init__(self, choice: Choice, backend: str, *, verify: bool) -> None:
+    def __init__(self, choice: Choice, backend: str, *, verify: bool, mixed: MixedSteps | None = None) -> None:
         self._choice = choice
-        self._planner = Planner(Builder(BACKENDS[backend], verify))
+        self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
         self._plans: dict[Any, NativeLoop] = {}
+        self.has_mixed = mixed is not None
 
     def unroll(self, state: TrainState, inputs: LoopInputs, *, segment: int | None) -> tuple[TrainState, Any]:
         """Returns the last state, and what the steps returned, stacked in the last dimension.
