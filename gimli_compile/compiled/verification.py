@@ -79,9 +79,10 @@ def _tolerances(module: fx.GraphModule) -> list[float]:
     """Returns how far each result may be off: a float64 number that float32 tensors add up to is as exact as they."""
     coarsest: dict[fx.Node, float] = {}
     for node in module.graph.nodes:
-        dtype = getattr(node.meta.get("val"), "dtype", None)
+        value = node.meta.get("val")
+        own = _TOLERANCE.get(value.dtype, 0.0) if isinstance(value, torch.Tensor) else 0.0
         inherited = max((coarsest[source] for source in node.all_input_nodes), default=0.0)
-        coarsest[node] = max(inherited, _TOLERANCE.get(dtype, 0.0))
+        coarsest[node] = max(inherited, own)
     output = next(iter(module.graph.find_nodes(op="output")))
     return [coarsest[result] for result in output.args[0]]
 
