@@ -12,6 +12,7 @@ import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import gimli_compile as gimli
@@ -397,6 +398,46 @@ def test_verify_finds_a_backend_that_computes_something_else(monkeypatch, half):
     (wrong,) = torch.autograd.grad(losses.sum(), hyper[0]["lr"])
     (right,) = torch.autograd.grad(expected.sum(), hyper[0]["lr"])
     assert (wrong - right).abs() > 1e-6 * right.abs()
+
+
+def test_verify_says_among_which_operators_the_wrong_one_is_when_time_runs_out(monkeypatch):
+    monkeypatch.setattr(verification, "_PATIENCE", 0)
+    graph = fx_of(lambda x: (x.tanh().sin().exp(),), torch.ones(3))
+    wrong = verification.verified(lambda _: lambda inputs: [inputs[0] + 1], graph, "step")
+    with pytest.raises(gimli.CompileError, match=r"is one of 3, from tanh = aten\.tanh\S* to exp = aten\.exp"):
+        wrong([torch.randn(3)])
+
+
+def fx_of(function, *examples):
+    return make_fx(function, tracing_mode="fake")(*examples)
+
+
+def test_verify_takes_a_crossed_kink_for_rounding():
+    """A relu whose input rounds to the other side of zero changes the gradient by much more than rounding does.
+
+    It was taken for a fault of the backend in a network of 10 million relus, of which one had crossed.
+    """
+    graph = fx_of(lambda x, seed: (torch.where(x.sum(-1) <= 0, 0, seed).sum(0),), torch.ones(64, 2), torch.ones(64))
+    x = torch.linspace(-1, 1, 64)[:, None].repeat(1, 2)
+    x[40:44] = torch.tensor([1.0, -1.0 + 2e-7])
+    inputs, crossed = [x, torch.ones(64)], [x.clone(), torch.ones(64)]
+    crossed[0][40, 1] = -1 - 2e-7
+    found = graph(*crossed)
+    assert found[0] == graph(*inputs)[0] - 1
+    assert not verification._is_wrong(found, graph, inputs)
+    assert verification._is_wrong([found[0] - 4], graph, inputs)
+
+
+def test_a_double_that_floats_add_up_to_is_as_exact_as_they():
+    """Learning rates are float64, and so are their adjoints, of float32 tensors."""
+    graph = fx_of(lambda x, y: ((x * y).sum().double() + 0,), torch.ones(100), torch.ones(100))
+    inputs = [torch.ones(100), torch.ones(100)]
+    (expected,) = graph(*inputs)
+    assert not verification._is_wrong([expected * (1 + 1e-7)], graph, inputs)
+    assert verification._is_wrong([expected * (1 + 1e-2)], graph, inputs)
+    exact = fx_of(lambda x: (x + 0,), torch.ones(3, dtype=torch.float64))
+    value = torch.ones(3, dtype=torch.float64)
+    assert verification._is_wrong([value * (1 + 1e-7)], exact, [value])
 
 
 def test_verify_takes_rounding_for_rounding(monkeypatch):

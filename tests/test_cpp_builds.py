@@ -95,6 +95,32 @@ def test_a_forked_process_builds_with_threads_of_its_own():
         child.join()
 
 
+def test_what_calls_many_kernels_is_not_optimized(monkeypatch):
+    """It took the C++ compiler three quarters of its time for a network of 39 convolutions."""
+    texts = []
+    build = CppWrapperCodeCache.load_pybinding_async
+
+    def load(*args, **options):
+        texts.append(options["main_code"])
+        return build(*args, **options)
+
+    def chain(x, *weights):
+        for weight in weights:
+            x = torch.relu(torch.conv2d(x, weight, padding=1))
+        return [x]
+
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3) / 4
+    monkeypatch.setattr(CppWrapperCodeCache, "load_pybinding_async", load)
+    for count, is_long in ((2, False), (150, True)):
+        inputs = [x, *[weight] * count]
+        program = compile_with_inductor(trace(chain, inputs))
+        torch.testing.assert_close(program([value.clone() for value in inputs])[0], chain(*inputs)[0])
+        begin, end = (texts[-1].index(part) for part in ("inductor_entry_impl(", "} // inductor_entry_impl"))
+        assert (end - begin > 100_000) == is_long
+        assert ('optimize("O0")' in texts[-1]) == is_long
+        assert "optimize" not in texts[-1][begin:]
+
+
 def test_inductor_is_left_as_it_was():
     loaded, checked = CppWrapperCodeCache.load_pybinding, VecISA.check_build
     x = torch.ones(3)

@@ -18,6 +18,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gimli_compile.compiled.affine_strides import affine_strides
 from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, built_beside
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
 from gimli_compile.compiled.torchscript import script
@@ -108,7 +109,7 @@ def _compiled(module: fx.GraphModule) -> Executable:
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
     lean = lean_programs() if native else nullcontext()
-    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad(), lean:
+    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad(), affine_strides(), lean:
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call) if native else call

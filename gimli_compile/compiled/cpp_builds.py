@@ -14,6 +14,15 @@ from torch._inductor.codecache import CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import VecISA
 
 Entry = Callable[..., Any]
+_BEGIN, _END = "void inductor_entry_impl(", "} // inductor_entry_impl"
+_LONG = 100_000  # characters; a long function that calls kernels takes the compiler longer than all of the kernels
+_AS_WRITTEN = """
+#if defined(__clang__)
+[[clang::optnone]]
+#elif defined(__GNUC__)
+__attribute__((optimize("O0")))
+#endif
+"""
 _ASKED = (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX512VNNI, cpu_vec_isa.VecAMX)
 
 
@@ -43,6 +52,17 @@ class Pending:
                 raise
             self._entry = made
         return self._entry(*handles)
+
+
+def quick_to_build(text: str) -> str:
+    """Returns the text of a program; where the function that calls its kernels is long, that is compiled as written.
+
+    The kernels are optimized as ever. They are what takes the time when the program runs.
+    """
+    begin, end = text.find(_BEGIN), text.find(_END)
+    if begin < 0 or end - begin < _LONG:
+        return text
+    return f"{text[:begin]}{_AS_WRITTEN}{text[begin:]}"
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from unittest import mock
 from torch._inductor.codecache import CppCodeCache, CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+from gimli_compile.compiled.cpp_builds import quick_to_build
+
 _BEGIN, _END = "void inductor_entry_impl(", "} // inductor_entry_impl"
 _HEADER = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n"
 _KERNELS = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
@@ -93,7 +95,8 @@ def lean_programs() -> Iterator[None]:
         fits = not args and options.get("kernel_code") is None and bool(pick_vec_isa())
         lean = lean_text(text) if fits else None
         if lean is None:
-            return build(*args, submit_fn=submit_fn, **options)
+            known = {"main_code": quick_to_build(text)} if text else {}
+            return build(*args, submit_fn=submit_fn, **options | known)
         made = CppWrapperCodeCache.load_async(lean, "cpu", submit_fn, needs_vec_isa=True)
         return lambda: _loaded(made(), count)
 

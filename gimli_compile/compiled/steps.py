@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,24 +106,28 @@ class StepFunction:
     def run(self, given: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
         """Returns everything that the programs compute, also what crosses from one to the other, and `HOLDS`."""
         results: dict[Slot, Tensor] = {}
-        conditions = list(self._before(given))
+        conditions = _Conditions()
+        self._before(given, conditions)
         for index, program in enumerate(self.programs):
             is_gradient = index < len(self.programs) - 1
             found = program({**given, **{slot: value for slot, value in results.items() if slot.role in CROSSING}})
             owner = self.gradient if is_gradient and self.gradient is not None else self.variant
-            conditions += [_is(found[one.slot], one.outcome) for one in owner.after]
+            for one in owner.after:
+                conditions.add(found[one.slot], one.outcome)
             results.update(found)
         if self.has_conditions:
-            results[HOLDS] = _all(conditions)
+            results[HOLDS] = conditions.all()
         return results
 
-    def _before(self, given: Mapping[Slot, Tensor]) -> Iterator[Tensor]:
-        """Yields the conditions that follow from what the step starts with."""
+    def _before(self, given: Mapping[Slot, Tensor], conditions: _Conditions) -> None:
+        """Adds the conditions that follow from what the step starts with."""
         for owner in (self.gradient, self.variant):
             if owner is not None and owner.decide is not None:
                 found = owner.decide(given)
-                yield from (_is(found[one.slot], one.outcome) for one in owner.before)
-        yield from ((given[slot] == pin).all() for slot, pin in self.variant.pins.items())
+                for one in owner.before:
+                    conditions.add(found[one.slot], one.outcome)
+        for slot, pin in self.variant.pins.items():
+            conditions.add(given[slot] == pin, True)
 
     def check_derivatives(self, asked: Collection[Slot]) -> None:
         """Refuses to differentiate by the inputs `asked` where an operator has no derivative."""
@@ -132,12 +136,25 @@ class StepFunction:
         check_derivatives(update, frozenset((*asked, *crossing)))
 
 
-def _is(condition: Tensor, outcome: bool) -> Tensor:
-    return (condition if outcome else condition.logical_not()).all()
+class _Conditions:
+    """Conditions with their outcomes, put together with one operator for each: an optimizer may have hundreds."""
 
+    def __init__(self) -> None:
+        self._joined: dict[bool, Tensor] = {}
 
-def _all(conditions: Iterable[Tensor]) -> Tensor:
-    first, *others = conditions
-    for condition in others:
-        first = first & condition.to(first.device)
-    return first
+    def add(self, condition: Tensor, outcome: bool) -> None:
+        """Adds a condition, which all entries of a tensor have to meet."""
+        if condition.dim():
+            condition = condition.all() if outcome else condition.any()
+        known = self._joined.get(outcome)
+        if known is not None:
+            condition = condition.to(known.device)
+            condition = known & condition if outcome else known | condition
+        self._joined[outcome] = condition
+
+    def all(self) -> Tensor:
+        """Returns whether all came out as they should."""
+        if False not in self._joined:
+            return self._joined[True]
+        others = self._joined[False].logical_not()
+        return self._joined[True] & others.to(self._joined[True].device) if True in self._joined else others
