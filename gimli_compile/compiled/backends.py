@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, built_beside
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
+from gimli_compile.compiled.small_values import compute_small_values_first
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
 from gimli_compile.metadata import FAKE
@@ -104,6 +105,7 @@ def _compiled(module: fx.GraphModule) -> Executable:
     with FAKE, torch.no_grad():
         lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)
     lowered.graph.eliminate_dead_code()
+    compute_small_values_first(lowered.graph)
     output = next(iter(lowered.graph.find_nodes(op="output")))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)

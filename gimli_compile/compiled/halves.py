@@ -11,6 +11,7 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gimli_compile.compiled.simplification import simplify
 from gimli_compile.metadata import FAKE
 
 Tensor = torch.Tensor
@@ -67,14 +68,14 @@ def halves(
     places = _return_once(forward)
     active = _active(forward, single, wanted)
     batched = _contiguous(_over_tasks(forward, lanes))
-    plain = _without_detach(trace(batched, examples))
+    plain = simplify(_without_detach(trace(batched, examples)))
     results = tuple(node.meta["val"] for node in _outputs(plain))
     if not active:
         return Halves(plain, plain, None, places, (), (), (), (), results)
     joint, found = _joint(forward, single, wanted, active)
     tangents = [results[index] for index in active]
     whole = trace(_contiguous(_joint_over_tasks(joint, lanes, found, len(active))), [*examples, *tangents])
-    _name_inputs(_without_detach(whole), len(examples))
+    _name_inputs(simplify(_without_detach(whole)), len(examples))
     saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
     residuals = _keep_fresh_only(saving, len(examples), len(results))
     added = tuple(index for index in found if index in summed)
