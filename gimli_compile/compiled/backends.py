@@ -28,6 +28,7 @@ from gimli_compile.metadata import FAKE
 Tensor = torch.Tensor
 Executable = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Callable[[fx.GraphModule], Executable]
+_ALONE = 8192  # elements of a loop for each thread: what starting and waiting for threads is worth
 # What the Python around a library's function uses where all it does is to pass tensors on.
 _PASSING_ON = {
     *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
@@ -110,7 +111,8 @@ def _compiled(module: fx.GraphModule) -> Executable:
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
     lean = lean_programs() if native else nullcontext()
-    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad(), lean:
+    settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
+    with inductor_config.patch(settings), torch.no_grad(), lean:
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call) if native else call

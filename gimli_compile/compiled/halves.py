@@ -67,14 +67,15 @@ def halves(
     forward = trace(function, single)
     places = _return_once(forward)
     active = _active(forward, single, wanted)
-    batched = _contiguous(_over_tasks(forward, lanes))
-    plain = simplify(_without_detach(trace(batched, examples)))
+    batched = _over_tasks(forward, lanes)
+    plain = simplify(_without_detach(_with_contiguous_results(batched, examples)))
     results = tuple(node.meta["val"] for node in _outputs(plain))
     if not active:
         return Halves(plain, plain, None, places, (), (), (), (), results)
     joint, found = _joint(forward, single, wanted, active)
     tangents = [results[index] for index in active]
-    whole = trace(_contiguous(_joint_over_tasks(joint, lanes, found, len(active))), [*examples, *tangents])
+    mapped = _joint_over_tasks(joint, lanes, found, len(active))
+    whole = _with_contiguous_results(mapped, [*examples, *tangents])
     _name_inputs(simplify(_without_detach(whole)), len(examples))
     saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
     residuals = _keep_fresh_only(saving, len(examples), len(results))
@@ -122,9 +123,17 @@ def _return_once(module: fx.GraphModule) -> tuple[int, ...]:
     return places
 
 
-def _contiguous(function: Function) -> Function:
-    """A loop's values have one layout in every step."""
-    return lambda *inputs: [result.contiguous() for result in function(*inputs)]
+def _with_contiguous_results(function: Function, examples: Sequence[Tensor]) -> fx.GraphModule:
+    """Returns the graph of a function whose results are contiguous: a loop's values have one layout in every step."""
+    if isinstance(function, fx.GraphModule) and all(_is_contiguous(node) for node in _outputs(function)):
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(function.graph, {}))
+        return fx.GraphModule(function, graph)
+    return trace(lambda *inputs: [result.contiguous() for result in function(*inputs)], examples)
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    return node.meta["val"].is_contiguous()
 
 
 def _active(forward: fx.GraphModule, examples: Sequence[Tensor], wanted: Sequence[int]) -> tuple[int, ...]:

@@ -8,14 +8,16 @@
 
 namespace gimli {
 
-constexpr int64_t LARGE = 1 << 18;  // multiplications from which the kernels of torch win
-constexpr int64_t ALONE = 1 << 17;  // multiplications of a batch up to which one thread is enough
+constexpr int64_t LARGE = 1 << 25;  // multiplications of two matrices from which the kernels of torch win
+constexpr int64_t WIDE = 1 << 17;   // elements of the right matrix up to which it stays in the cache
+constexpr int64_t ALONE = 1 << 19;  // multiplications up to which one thread is enough
 
 template <typename T>
 struct Matrix {
   T* data;
   int64_t rows, columns, row, column;  // sizes, strides
   Matrix transposed() const { return {data, columns, rows, column, row}; }
+  Matrix some_rows(int64_t first, int64_t end) const { return {data + first * row, end - first, columns, row, column}; }
 };
 
 // out = left @ right + added; `out`, `right` and `added` (if there is any) have unit stride along their columns, or
@@ -140,28 +142,57 @@ void row_major(const Job<T>& job) {
   }
 }
 
+// to[c][r] = from[r][c] of a block of up to a vector of rows and columns.
+template <typename T>
+inline void turn(const T* from, int64_t from_row, T* to, int64_t to_row, int rows, int columns) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    const auto inner = Lanes<T>::first(columns), outer = Lanes<T>::first(rows);
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_ps(inner, from + i * from_row) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {  // pairs of rows
+      b[i] = i % 2 ? _mm512_unpackhi_ps(a[i - 1], a[i]) : _mm512_unpacklo_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {  // four rows: the columns i % 4, 4 + i % 4 ... in four lanes
+      const auto one = _mm512_castps_pd(b[i / 4 * 4 + i % 4 / 2]), other = _mm512_castps_pd(b[i / 4 * 4 + i % 4 / 2 + 2]);
+      a[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(one, other) : _mm512_unpacklo_pd(one, other));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {  // eight rows: lanes 0 and 2, or 1 and 3
+      const auto one = a[i / 8 * 8 + i % 4], other = a[i / 8 * 8 + i % 4 + 4];
+      b[i] = i % 8 < 4 ? _mm512_shuffle_f32x4(one, other, 0x88) : _mm512_shuffle_f32x4(one, other, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {  // all rows of one column
+      const auto one = b[i % 8], other = b[i % 8 + 8];
+      const auto line = i < 8 ? _mm512_shuffle_f32x4(one, other, 0x88) : _mm512_shuffle_f32x4(one, other, 0xdd);
+      if (i < columns) _mm512_mask_storeu_ps(to + i * to_row, outer, line);
+    }
+    return;
+  }
+#endif
+  if constexpr (std::is_same_v<T, float> && Lanes<T>::width == 8) {
+    if (rows == 8 && columns == 8) return at::vec::transpose_mxn<T, 8, 8>(from, from_row, to, to_row);
+  }
+  for (int c = 0; c < columns; ++c) {
+    for (int r = 0; r < rows; ++r) to[c * to_row + r] = from[r * from_row + c];
+  }
+}
+
 // Copies a matrix, so that it has unit stride along its columns.
 template <typename T>
 void pack(const Matrix<const T>& from, T* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    constexpr int64_t width = at::vec::Vectorized<T>::size();
-    if (from.row == 1) {
-      for (int64_t row = 0; row < from.rows; row += width) {
-        for (int64_t column = 0; column < from.columns; column += width) {
-          const int64_t rows = std::min(width, from.rows - row), columns = std::min(width, from.columns - column);
-          const T* block = from.data + row + column * from.column;
-          T* packed = to + row * from.columns + column;
-          if (rows == width && columns == width) {
-            at::vec::transpose_mxn<T, width, width>(block, from.column, packed, from.columns);
-          } else {
-            at::vec::transpose_mxn<T>(block, from.column, packed, from.columns, columns, rows);
-          }
-        }
-      }
-      return;
+  constexpr int64_t width = Lanes<T>::width;
+  for (int64_t row = 0; from.row == 1 && row < from.rows; row += width) {
+    for (int64_t column = 0; column < from.columns; column += width) {
+      turn(from.data + row + column * from.column, from.column, to + row * from.columns + column, from.columns,
+           static_cast<int>(std::min(width, from.columns - column)), static_cast<int>(std::min(width, from.rows - row)));
     }
   }
-  for (int64_t row = 0; row < from.rows; ++row) {
+  for (int64_t row = 0; from.row != 1 && row < from.rows; ++row) {
     const T* line = from.data + row * from.row;
     for (int64_t column = 0; column < from.columns; ++column) to[row * from.columns + column] = line[column * from.column];
   }
@@ -201,17 +232,22 @@ void products(const Handle& out, const Handle* added, const Handle& left, const 
   const int32_t d = out.dims;
   const int64_t rows = out.sizes[d - 2], columns = out.sizes[d - 1], inner = left.sizes[d - 1];
   const int64_t count = d == 3 ? out.sizes[0] : 1;
+  const int64_t threads = count * rows * columns * inner > ALONE ? omp_get_max_threads() : 1;
+  const int64_t parts = count > 1 ? 1 : std::clamp<int64_t>(rows / 8, 1, threads);  // of the rows of one matrix
   auto one = [&](int64_t index) {
-    auto a = matrix<T, true>(left, index, rows, inner);
-    auto b = matrix<T, true>(right, index, inner, columns);
-    const auto c = added ? matrix<T, true>(*added, index, rows, columns) : Matrix<const T>{};
-    product<T>(matrix<T, false>(out, index, rows, columns), a, b, added ? &c : nullptr);
+    const int64_t batch = index / parts, part = index % parts;
+    const int64_t first = part * rows / parts, end = (part + 1) * rows / parts;
+    auto o = matrix<T, false>(out, batch, rows, columns).some_rows(first, end);
+    auto a = matrix<T, true>(left, batch, rows, inner).some_rows(first, end);
+    auto b = matrix<T, true>(right, batch, inner, columns);
+    const auto c = added ? matrix<T, true>(*added, batch, rows, columns).some_rows(first, end) : Matrix<const T>{};
+    product<T>(o, a, b, added ? &c : nullptr);
   };
-  if (count > 1 && count * rows * columns * inner > ALONE && omp_get_max_threads() > 1) {
+  if (threads > 1 && count * parts > 1) {
 #pragma omp parallel for
-    for (int64_t index = 0; index < count; ++index) one(index);
+    for (int64_t index = 0; index < count * parts; ++index) one(index);
   } else {
-    for (int64_t index = 0; index < count; ++index) one(index);
+    for (int64_t index = 0; index < count * parts; ++index) one(index);
   }
 }
 
@@ -220,7 +256,8 @@ inline bool is_small(const Product& job) {
   const Handle &out = job.out, *added = job.added;
   const int32_t d = out.dims;
   if ((out.dtype != 6 && out.dtype != 7) || job.beta != 1 || job.alpha != 1) return false;
-  if (out.sizes[d - 2] * out.sizes[d - 1] * job.left.sizes[d - 1] > LARGE) return false;
+  const int64_t wide = out.sizes[d - 1] * job.left.sizes[d - 1];
+  if (wide > WIDE || out.sizes[d - 2] * wide > LARGE) return false;
   const bool rows = out.strides[d - 1] == 1 || out.sizes[d - 1] == 1;
   const bool simple = !added || !added->dims || added->sizes[added->dims - 1] == 1 || added->strides[added->dims - 1] <= 1;
   return rows && simple;

@@ -1,6 +1,8 @@
 // What the text of a program that Inductor wrote means in a compiled loop: the same names, on tensors of lean_runtime.h.
 // Follows the headers of Inductor and lean_runtime.h; the text of the program follows this.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 namespace gimli {
 
 static const Runtime* runtime;
@@ -57,7 +59,15 @@ inline int32_t addmm(const Handle& out, const Handle& added, const Handle& left,
   return runtime->multiply({out, &added, left, right, beta, alpha});
 }
 
+inline void succeeded(int32_t code) {
+  if (code) throw std::runtime_error("a call of torch failed in a compiled program");
+}
+
 }  // namespace gimli
+
+#define AOTI_TORCH_ERROR_CODE_CHECK(call) gimli::succeeded(call)
+#define CACHE_TORCH_DTYPE(name) static const auto cached_torch_dtype_##name = aoti_torch_dtype_##name()
+#define CACHE_TORCH_DEVICE(name) static const auto cached_torch_device_type_##name = aoti_torch_device_type_##name()
 
 #define AtenTensorHandle gimli::Handle
 #define RAIIAtenTensorHandle gimli::Owned
