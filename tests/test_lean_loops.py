@@ -263,7 +263,7 @@ def test_large_products_and_other_types():
         return [torch.mm(a, b), torch.addmm(a, a, b.mT), torch.mm(c, d.mT), torch.bmm(a[None], b[None])]
 
     torch.manual_seed(0)
-    inputs = [torch.randn(128, 128), torch.randn(128, 128), *(torch.randint(9, (4, 4)) for _ in range(2))]
+    inputs = [torch.randn(400, 400), torch.randn(400, 400), *(torch.randint(9, (4, 4)) for _ in range(2))]
     program = compile_with_inductor(trace(function, inputs))
     results = program(list(inputs))
     assert entry_of(program)
@@ -284,6 +284,28 @@ def test_tanh_is_right_to_the_last_places():
     off = (found.double() - exact)[number].abs() / unit[number]
     assert off.max() <= 2 and bool(found[~number].isnan().all())
     assert torch.equal(found[number].signbit(), x[number].signbit())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_products_of_many_rows_on_several_threads(threads):
+    """Threads share the rows of one matrix, or the matrices of a batch."""
+
+    def function(a, b, bias, many, others):
+        return [torch.mm(a, b), torch.addmm(bias, a, b), torch.mm(a.mT, a), torch.bmm(many, others)]
+
+    torch.manual_seed(0)
+    shapes = (1221, 20), (20, 80), (80,), (25, 40, 40), (25, 40, 21)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    program = compile_with_inductor(trace(function, inputs))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = program(list(inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert entry_of(program)
+    for found, expected in zip(results, function(*inputs), strict=True):
+        assert_agree(found, expected, 1e-13)
 
 
 def test_other_strides_are_refused():

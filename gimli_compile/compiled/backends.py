@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gimli_compile.compiled.affine_strides import affine_strides
 from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, built_beside
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
+from gimli_compile.compiled.small_values import compute_small_values_first
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
 from gimli_compile.metadata import FAKE
@@ -28,6 +29,7 @@ from gimli_compile.metadata import FAKE
 Tensor = torch.Tensor
 Executable = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Callable[[fx.GraphModule], Executable]
+_ALONE = 8192  # elements of a loop for each thread: what starting and waiting for threads is worth
 # What the Python around a library's function uses where all it does is to pass tensors on.
 _PASSING_ON = {
     *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
@@ -105,11 +107,13 @@ def _compiled(module: fx.GraphModule) -> Executable:
     with FAKE, torch.no_grad():
         lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)
     lowered.graph.eliminate_dead_code()
+    compute_small_values_first(lowered.graph)
     output = next(iter(lowered.graph.find_nodes(op="output")))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
     lean = lean_programs() if native else nullcontext()
-    with inductor_config.patch(cpp_wrapper=native, layout_optimization=False), torch.no_grad(), affine_strides(), lean:
+    settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
+    with inductor_config.patch(settings), torch.no_grad(), affine_strides(), lean:
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call) if native else call

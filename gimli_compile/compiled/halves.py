@@ -11,6 +11,7 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gimli_compile.compiled.simplification import simplify
 from gimli_compile.metadata import FAKE
 
 Tensor = torch.Tensor
@@ -68,8 +69,8 @@ def halves(
     results, active = start.results, start.active
     joint, found = _joint(start.forward, start.single, wanted, active)
     tangents = [results[index] for index in active]
-    whole = trace(contiguous(over_tasks(joint, lanes, found, len(active))), [*examples, *tangents])
-    name_inputs(without_detach(whole), len(examples))
+    whole = with_contiguous_results(over_tasks(joint, lanes, found, len(active)), [*examples, *tangents])
+    name_inputs(simplify(without_detach(whole)), len(examples))
     saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
     residuals = keep_fresh_only(saving, len(examples), len(results))
     added = tuple(index for index in found if index in summed)
@@ -101,7 +102,7 @@ def trace_results(function: Function, examples: Sequence[Tensor], wanted: Sequen
     places = _return_once(forward)
     active = _active(forward, single, wanted)
     mapped = forward if lanes is None else torch.func.vmap(forward, in_dims=lanes)
-    plain = without_detach(trace(contiguous(mapped), examples))
+    plain = simplify(without_detach(with_contiguous_results(mapped, examples)))
     return Start(forward, single, plain, places, active, tuple(node.meta["val"] for node in outputs(plain)))
 
 
@@ -148,6 +149,15 @@ def _return_once(module: fx.GraphModule) -> tuple[int, ...]:
 def contiguous(function: Function) -> Function:
     """A loop's values have one layout in every step."""
     return lambda *inputs: [result.contiguous() for result in function(*inputs)]
+
+
+def with_contiguous_results(function: Function, examples: Sequence[Tensor]) -> fx.GraphModule:
+    """Returns the graph of a function with contiguous results; a graph that has such results is copied."""
+    if isinstance(function, fx.GraphModule) and all(node.meta["val"].is_contiguous() for node in outputs(function)):
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(function.graph, {}))
+        return fx.GraphModule(function, graph)
+    return trace(contiguous(function), examples)
 
 
 def _active(forward: fx.GraphModule, examples: Sequence[Tensor], wanted: Sequence[int]) -> tuple[int, ...]:

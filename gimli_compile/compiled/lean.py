@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 from torch._inductor.codecache import CppCodeCache, CppWrapperCodeCache
@@ -38,17 +38,28 @@ _KNOWN = {
 _INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
 _METHOD = re.compile(r"\b(\w+)\.(tanh)\(\)")  # which lean_math.h has a faster function for
 _VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
-_MODULE = """
-extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }
-static struct PyModuleDef gimli_module = {PyModuleDef_HEAD_INIT, "inductor_entry_cpp", NULL, -1, NULL};
-PyMODINIT_FUNC PyInit_inductor_entry_cpp(void) { return PyModule_Create(&gimli_module); }
-"""
+_ATTACH = 'extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }\n'
+
+
+class _LeanCode(CppCodeCache):
+    """Libraries that share one header, which is compiled once on a machine."""
+
+    cache: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def _get_uncompiled_header(cls, device: str) -> str:
+        return "torch/csrc/inductor/cpp_prefix.h"
+
+    @classmethod
+    def build(cls, text: str, submit: Any = None) -> Callable[[], ctypes.CDLL]:
+        """Returns a function that waits for the library of a text; `submit` runs the compiler meanwhile."""
+        return cls.load_async(text, "cpu", submit, needs_vec_isa=True)
 
 
 @functools.cache
 def driver() -> Any:
     """Builds the driver of loops, once on a machine, and imports it."""
-    path = CppCodeCache.load(_text("loop_driver.cpp"), device_type="cpu")._name
+    path = _LeanCode.build(_text("loop_driver.cpp"))()._name
     spec = importlib.util.spec_from_file_location("loop_driver", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -97,7 +108,9 @@ def lean_programs() -> Iterator[None]:
         if lean is None:
             known = {"main_code": quick_to_build(text)} if text else {}
             return build(*args, submit_fn=submit_fn, **options | known)
-        made = CppWrapperCodeCache.load_async(lean, "cpu", submit_fn, needs_vec_isa=True)
+        if submit_fn is not None and not driver.cache_info().currsize:
+            _LeanCode.build(_text("loop_driver.cpp"), submit_fn)
+        made = _LeanCode.build(lean, submit_fn)
         return lambda: _loaded(made(), count)
 
     with mock.patch.object(CppWrapperCodeCache, "load_pybinding_async", load):
@@ -116,12 +129,11 @@ def lean_text(text: str) -> str | None:
         return None
     program = text.replace(_HEADER, "", 1).replace(_RELEASE, "", 1).replace(_BEGIN, 'extern "C" void gimli_program(', 1)
     program = _METHOD.sub(r"gimli::\2(\1)", program)
-    headers = (_HEADER, _KERNELS, *map(_text, ("lean_runtime.h", "lean_program.h", "lean_math.h")))
-    return "".join((*headers, program, _MODULE))
+    headers = (_KERNELS, *map(_text, ("lean_runtime.h", "lean_program.h", "lean_math.h")))
+    return "".join((*headers, program, _ATTACH))
 
 
-def _loaded(module: Any, results: int) -> LeanProgram:
-    """Returns the lean program in a compiled module."""
-    library = ctypes.CDLL(module.__file__)
+def _loaded(library: ctypes.CDLL, results: int) -> LeanProgram:
+    """Returns the lean program in a library."""
     library.gimli_attach(ctypes.c_void_p(driver().runtime()))
     return LeanProgram(library, ctypes.cast(library.gimli_program, ctypes.c_void_p).value or 0, results)

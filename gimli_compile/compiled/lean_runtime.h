@@ -21,17 +21,27 @@ struct Block {
   Block* next;    // in the list of what is free
 };
 
-struct Runtime {
-  Block* (*allocate)(size_t bytes);
-  void (*release)(Block* block);
-};
-
 // A tensor; does not own anything by itself. Sizes and strides lie in the library of a program, or in a given tensor.
 struct Handle {
   Block* block;
   char* data;
   const int64_t *sizes, *strides;
   int32_t dims, dtype;
+};
+
+// out = beta * added + alpha * left @ right, of matrices or batches of matrices; `added` may be missing.
+struct Product {
+  const Handle& out;
+  const Handle* added;
+  const Handle &left, &right;
+  double beta, alpha;
+};
+
+// What programs get from the driver.
+struct Runtime {
+  Block* (*allocate)(size_t bytes);
+  void (*release)(Block* block);
+  int32_t (*multiply)(const Product& job);
 };
 
 inline int64_t item_size(int32_t dtype) {

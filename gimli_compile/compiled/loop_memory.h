@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "lean_runtime.h"
+#include "lean_products.h"
 
 #include <algorithm>
 #include <cstring>
@@ -124,7 +125,7 @@ Pool& pool() {
   return made;
 }
 
-const Runtime here{[](size_t bytes) { return pool().allocate(bytes); }, [](Block* block) { pool().release(block); }};
+const Runtime here{[](size_t bytes) { return pool().allocate(bytes); }, [](Block* block) { pool().release(block); }, gimli::multiply};
 const Runtime* const runtime = &here;
 
 // ------------------------------------------------------------------------------------------------------------- tensors

@@ -25,6 +25,7 @@ from gimli_compile.compiled.halves import (
     over_tasks,
     trace,
     trace_results,
+    with_contiguous_results,
     without_detach,
 )
 from gimli_compile.compiled.steps import StepFunction
@@ -53,7 +54,7 @@ def mixed_halves(
     if crossing:
         single = trace(_with_crossing(step, start, crossing), start.single)
         fakes = [node.meta["val"] for node in outputs(single)[len(start.results) :]]
-        saving = without_detach(trace(contiguous(_mapped(single, lanes)), examples))
+        saving = without_detach(with_contiguous_results(_mapped(single, lanes), examples))
         kept = keep_fresh_only(saving, len(examples), len(start.results))
     seeded = tuple(step.results[start.places.index(place)] for place in start.active)
     seeds = [outputs(start.forward)[place].meta["val"] for place in start.active]
