@@ -6,19 +6,25 @@ from typing import Any
 
 import torch
 
+from gimli_compile.argument_checks import check_callable, check_evaluated
 from gimli_compile.compiled.calls import Compiler, evaluate_compiled
 from gimli_compile.loss_table import Asked, LossTable
+from gimli_compile.model_view import ModelView
 from gimli_compile.records import opened
 from gimli_compile.state import Tensors
 
 
 def evaluate(
-    losses: LossTable, compiler: Compiler | None, asked: Asked, model_key: Any, *, tasks: bool = False
+    losses: LossTable, compiler: Compiler | None, asked: Asked, view: ModelView, *, tasks: bool = False
 ) -> tuple[Any, Tensors]:
     """Returns the output or the loss, and the new buffers; with `tasks`, for one state and one batch for each task."""
+    if not asked.is_loss:
+        check_callable(view.model)
+    view.refresh()
+    check_evaluated(asked.params, asked.buffers, view, tasks=tasks)
     asked = asked._replace(batch=opened(asked.batch), meta=opened(asked.meta))
     if compiler is not None:
-        return evaluate_compiled(compiler, asked, model_key, tasks=tasks)
+        return evaluate_compiled(compiler, asked, view.options, tasks=tasks)
     if not tasks:
         return losses.evaluate(asked)
 

@@ -12,8 +12,6 @@ import torch
 
 from gimli_compile.argument_checks import (
     are_kept,
-    check_callable,
-    check_evaluated,
     check_functions,
     check_has_loss,
     check_loss_given,
@@ -214,11 +212,7 @@ class Functional:
         return self._evaluate(Asked(state.params, state.buffers, batch, meta, is_loss=True), tasks=tasks)[0]
 
     def _evaluate(self, asked: Asked, *, tasks: bool = False) -> tuple[Any, Tensors]:
-        if not asked.is_loss:
-            check_callable(self.model)
-        self._model_view.refresh()
-        check_evaluated(asked.params, asked.buffers, self._model_view, tasks=tasks)
-        return evaluate(self._losses, self._compiler, asked, self._model_view.options, tasks=tasks)
+        return evaluate(self._losses, self._compiler, asked, self._model_view, tasks=tasks)
 
     def update(
         self,
