@@ -95,6 +95,22 @@ def test_the_adjoint_of_lerp_keeps_no_copies_of_its_weight():
     assert all(place < len(examples) for place in split.residuals)
 
 
+def test_slow_functions_are_not_computed_again():
+    def function(a, b):
+        return [(a * b).tanh() * (a + b).tanh()]
+
+    inputs = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    split = halves(function, inputs, [0, 1], frozenset(), None)
+    assert split.backward is not None and split.found == (0, 1)
+    assert targets(split.saving).count(aten.tanh.default) == 2
+    assert aten.tanh.default not in targets(split.backward)
+    everything = [*inputs, *split.saving(*inputs)]
+    found = split.backward(*(everything[place] for place in split.residuals), torch.ones_like(inputs[0]))
+    expected = torch.autograd.grad(function(*inputs)[0].sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-13)
+
+
 def test_small_values_that_spread_are_marked():
     def function(beta, count, a):
         correction = 1 - beta**count

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from gimli_compile.compiled.simplification import simplify
 from gimli_compile.metadata import FAKE
@@ -17,6 +18,8 @@ from gimli_compile.metadata import FAKE
 Tensor = torch.Tensor
 Function = Callable[..., Sequence[Tensor]]
 Lanes = tuple[int | None, ...] | None  # for each input, the dimension that the tasks are in; None: there are no tasks
+
+_SLOW = {getattr(torch.ops.aten, name).default for name in ("tanh", "erf", "log", "sin", "cos")}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def halves(
     tangents = [results[index] for index in active]
     whole = with_contiguous_results(over_tasks(joint, lanes, found, len(active)), [*examples, *tangents])
     name_inputs(simplify(without_detach(whole)), len(examples))
+    _compute_slow_functions_once(whole)
     saving, backward = min_cut_rematerialization_partition(whole, None, num_fwd_outputs=len(results))
     residuals = keep_fresh_only(saving, len(examples), len(results))
     added = tuple(index for index in found if index in summed)
@@ -219,6 +223,13 @@ def name_inputs(module: fx.GraphModule, primals: int) -> None:
             node.target = f"tangents_{index - primals}"
             node._rename(node.target)
     module.recompile()
+
+
+def _compute_slow_functions_once(module: fx.GraphModule) -> None:
+    """Lets the partitioner keep rather than compute again what takes the CPU longer than to load it."""
+    for node in module.graph.nodes:
+        if node.target in _SLOW and node.meta["val"].device.type == "cpu":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def keep_fresh_only(saving: fx.GraphModule, inputs: int, results: int) -> tuple[int, ...]:
