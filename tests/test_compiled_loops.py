@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import gimli_compile as gimli
-from gimli_compile.compiled import backends, verification
+from gimli_compile.compiled import backends, steps, verification
 from gimli_compile.compiled.backends import run_in_python
 
 STEPS = 5
@@ -438,6 +438,38 @@ def test_a_double_that_floats_add_up_to_is_as_exact_as_they():
     exact = fx_of(lambda x: (x + 0,), torch.ones(3, dtype=torch.float64))
     value = torch.ones(3, dtype=torch.float64)
     assert verification._is_wrong([value * (1 + 1e-7)], exact, [value])
+
+
+@pytest.mark.parametrize("outcomes", [(True,), (False,), (True, False, True, False, False)])
+def test_conditions_hold_if_each_came_out_as_it_should(outcomes):
+    def held(*values):
+        conditions = steps._Conditions()
+        for value, outcome in zip(values, outcomes, strict=True):
+            conditions.add(value != 0, outcome)
+        return [conditions.all()]
+
+    values = [torch.full((), float(outcome)) for outcome in outcomes]
+    assert held(*values)[0]
+    for index, value in enumerate(values):
+        assert not held(*values[:index], 1 - value, *values[index + 1 :])[0]
+        row = torch.stack([value, 1 - value])
+        assert not held(*values[:index], row, *values[index + 1 :])[0]
+        assert held(*values[:index], row[[0, 0]], *values[index + 1 :])[0]
+
+
+def test_each_condition_takes_one_operator():
+    """Of the operators of a step with a learning rate for each of 119 tensors, two in five were conditions."""
+
+    def held(*values):
+        conditions = steps._Conditions()
+        for index, value in enumerate(values):
+            conditions.add(value != 0, index % 2 == 0)
+        return [conditions.all()]
+
+    graph = fx_of(held, *[torch.ones(())] * 100)
+    assert len(list(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.ne.Scalar))) == 100
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(calls) == 200
 
 
 def test_verify_takes_rounding_for_rounding(monkeypatch):
