@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import gimli_compile as gimli
 from gimli_compile.compiled import backends, steps, verification
 from gimli_compile.compiled.backends import run_in_python
+from gimli_compile.compiled.halves import halves
 
 STEPS = 5
 
@@ -583,3 +584,21 @@ def test_tasks_with_states_of_their_own():
     assert_agree([*pytree.tree_leaves(found), found_losses], [*pytree.tree_leaves(expected), losses], 1e-13)
     with pytest.raises(gimli.InputError, match="but the model's is"):
         fn.compile("eager").unroll(states, batches, tasks=True)
+
+
+def test_accumulators_do_not_take_the_names_of_residuals():
+    """A residual that was a sum, and the accumulator of an adjoint, were both named sum_2."""
+    vectors = [torch.linspace(1, 2, 5, dtype=torch.float64) * scale for scale in (1, 2, 3)]
+
+    def product(*values):
+        first, second, third = (value.sum(0) for value in values)
+        return [first * second * third]
+
+    made = halves(product, vectors, range(3), frozenset(range(3)), None)
+    results = made.saving(*vectors)
+    known = [*vectors, *results]
+    sums = [torch.full((5,), float(index), dtype=torch.float64) for index in range(3)]
+    found = made.backward(*(known[place] for place in made.residuals), torch.ones((), dtype=torch.float64), *sums)
+    for index, adjoint in enumerate(found):
+        others = [value.sum() for place, value in enumerate(vectors) if place != index]
+        torch.testing.assert_close(adjoint, (others[0] * others[1] + index).expand(5))
