@@ -16,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import gimli_compile as gimli
-from gimli_compile.compiled import backends, verification
+from gimli_compile.compiled import backends, steps, verification
 from gimli_compile.compiled.backends import run_in_python
+from gimli_compile.compiled.halves import halves
 
 STEPS = 5
 
@@ -440,6 +441,38 @@ def test_a_double_that_floats_add_up_to_is_as_exact_as_they():
     assert verification._is_wrong([value * (1 + 1e-7)], exact, [value])
 
 
+@pytest.mark.parametrize("outcomes", [(True,), (False,), (True, False, True, False, False)])
+def test_conditions_hold_if_each_came_out_as_it_should(outcomes):
+    def held(*values):
+        conditions = steps._Conditions()
+        for value, outcome in zip(values, outcomes, strict=True):
+            conditions.add(value != 0, outcome)
+        return [conditions.all()]
+
+    values = [torch.full((), float(outcome)) for outcome in outcomes]
+    assert held(*values)[0]
+    for index, value in enumerate(values):
+        assert not held(*values[:index], 1 - value, *values[index + 1 :])[0]
+        row = torch.stack([value, 1 - value])
+        assert not held(*values[:index], row, *values[index + 1 :])[0]
+        assert held(*values[:index], row[[0, 0]], *values[index + 1 :])[0]
+
+
+def test_each_condition_takes_one_operator():
+    """Of the operators of a step with a learning rate for each of 119 tensors, two in five were conditions."""
+
+    def held(*values):
+        conditions = steps._Conditions()
+        for index, value in enumerate(values):
+            conditions.add(value != 0, index % 2 == 0)
+        return [conditions.all()]
+
+    graph = fx_of(held, *[torch.ones(())] * 100)
+    assert len(list(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.ne.Scalar))) == 100
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(calls) == 200
+
+
 def test_verify_takes_rounding_for_rounding(monkeypatch):
     """An ill-conditioned program in float32 may differ by much and is not wrong."""
 
@@ -551,3 +584,21 @@ def test_tasks_with_states_of_their_own():
     assert_agree([*pytree.tree_leaves(found), found_losses], [*pytree.tree_leaves(expected), losses], 1e-13)
     with pytest.raises(gimli.InputError, match="but the model's is"):
         fn.compile("eager").unroll(states, batches, tasks=True)
+
+
+def test_accumulators_do_not_take_the_names_of_residuals():
+    """A residual that was a sum, and the accumulator of an adjoint, were both named sum_2."""
+    vectors = [torch.linspace(1, 2, 5, dtype=torch.float64) * scale for scale in (1, 2, 3)]
+
+    def product(*values):
+        first, second, third = (value.sum(0) for value in values)
+        return [first * second * third]
+
+    made = halves(product, vectors, range(3), frozenset(range(3)), None)
+    results = made.saving(*vectors)
+    known = [*vectors, *results]
+    sums = [torch.full((5,), float(index), dtype=torch.float64) for index in range(3)]
+    found = made.backward(*(known[place] for place in made.residuals), torch.ones((), dtype=torch.float64), *sums)
+    for index, adjoint in enumerate(found):
+        others = [value.sum() for place, value in enumerate(vectors) if place != index]
+        torch.testing.assert_close(adjoint, (others[0] * others[1] + index).expand(5))

@@ -257,7 +257,7 @@ def accumulate(backward: fx.GraphModule, positions: Sequence[int]) -> None:
     last = list(graph.find_nodes(op="placeholder"))[-1]
     for position in positions:
         with graph.inserting_after(last):
-            last = graph.placeholder(f"sum_{position}")
+            last = graph.placeholder(f"accumulator_{position}")
         last.meta["val"] = _fake(returned[position].meta["val"])
         with graph.inserting_before(output):
             added = graph.call_function(torch.ops.aten.add.Tensor, (last, returned[position]))
