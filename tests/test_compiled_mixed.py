@@ -95,6 +95,16 @@ def test_loops_in_cpp(case, optimizer, checkpoint, runs, monkeypatch):
     assert_close_gradients(got, expected)
 
 
+@needs_compiler
+def test_a_loop_of_one_segment_in_cpp(runs):
+    """The last step of a segment is not taken again, and here there is no other of its kind."""
+    training = replace(PLAIN, batches=PLAIN.batches[:2])
+    fast = functionalized(training).compile("inductor")
+    for _ in range(2):
+        unrolled_gradients(training, fast, backward="mixed", checkpoint=2)
+    assert runs["forward"] == runs["backward"] == 1
+
+
 @pytest.mark.parametrize("truncate", [1, 3])
 def test_truncation(truncate):
     training = CASES["weighted"]
