@@ -95,6 +95,16 @@ def test_loops_in_cpp(case, optimizer, checkpoint, runs, monkeypatch):
     assert_close_gradients(got, expected)
 
 
+@needs_compiler
+def test_a_loop_of_one_segment_in_cpp(runs):
+    """The last step of a segment is not taken again, and here there is no other of its kind."""
+    training = replace(PLAIN, batches=PLAIN.batches[:2])
+    fast = functionalized(training).compile("inductor")
+    for _ in range(2):
+        unrolled_gradients(training, fast, backward="mixed", checkpoint=2)
+    assert runs["forward"] == runs["backward"] == 1
+
+
 @pytest.mark.parametrize("truncate", [1, 3])
 def test_truncation(truncate):
     training = CASES["weighted"]
@@ -326,8 +336,8 @@ def test_the_last_step_of_a_segment_is_not_taken_again(monkeypatch):
     assert calls == ["step"] * 4 + ["step", "adjoint", "adjoint"] * 2
 
 
-def built(monkeypatch, training, **options):
-    """Returns the halves of the last step that a loop built."""
+def built(monkeypatch, training, *, of_hyper=True, **options):
+    """Returns the halves of the last step that a loop built, differentiated in everything or in where it starts."""
     made = []
     build = functions.CompiledFunction.__init__
 
@@ -336,7 +346,13 @@ def built(monkeypatch, training, **options):
         made.append(self.halves)
 
     monkeypatch.setattr(functions.CompiledFunction, "__init__", noticed)
-    unrolled_gradients(training, functionalized(training).compile("eager", verify=False), **options)
+    fast = functionalized(training).compile("eager", verify=False)
+    if of_hyper:
+        unrolled_gradients(training, fast, **options)
+    else:
+        state = fast.init()
+        start = replace(state, params={name: p.requires_grad_() for name, p in state.params.items()})
+        fast.unroll(start, training.batches, None, training.meta, **options)
     return made[-1]
 
 
@@ -362,6 +378,14 @@ def test_inner_gradients_are_kept_where_blocks_are_computed_again(monkeypatch):
     fresh = [place for place in halves.residuals if place >= inputs + len(halves.results)]
     momenta = [place for place in halves.residuals if inputs <= place < inputs + len(halves.results)]
     assert len(fresh) + len(momenta) == len(dict(CASES["deep"].model().named_parameters()))
+
+
+def test_inner_gradients_that_the_update_does_not_need_are_not_kept(monkeypatch):
+    """The adjoint of a step along the gradient needs the gradient for the learning rate alone."""
+    training = with_optimizer(CASES["deep"], OPTIMIZERS["plain"])
+    training = replace(training, batches=training.batches[:1])
+    halves = built(monkeypatch, training, of_hyper=False, backward="mixed")
+    assert halves.saving is halves.plain
 
 
 # ---------------------------------------------------------------------- what it cannot do

@@ -80,4 +80,4 @@ class CompiledFunction:
             if not known and name in self.__dict__:
                 self._entries[name] = entry_of(self.__dict__[name])
         plain, saving, backward = self._entries.values()
-        return plain, saving, backward
+        return plain, plain if self.halves.saving is self.halves.plain else saving, backward

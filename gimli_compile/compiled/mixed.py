@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from gimli_compile.compiled.halves import (
-    Function,
     Halves,
     Lanes,
     Start,
@@ -49,28 +48,18 @@ def mixed_halves(
     if not start.active:
         return start.without_adjoints()
     crossing = _kept_crossing(step)
-    saving, kept = start.plain, ()
-    fakes: list[Tensor] = []
-    if crossing:
-        single = trace(_with_crossing(step, start, crossing), start.single)
-        fakes = [node.meta["val"] for node in outputs(single)[len(start.results) :]]
-        saving = without_detach(with_contiguous_results(_mapped(single, lanes), examples))
-        kept = keep_fresh_only(saving, len(examples), len(start.results))
-    seeded = tuple(step.results[start.places.index(place)] for place in start.active)
-    seeds = [outputs(start.forward)[place].meta["val"] for place in start.active]
-    back, found = _trace_adjoint(_Adjoint(step, wanted, crossing, seeded), [*start.single, *fakes, *seeds])
-    given = [node.meta["val"] for node in outputs(saving)]
-    kept_values = [examples[place] if place < len(examples) else given[place - len(examples)] for place in kept]
-    whole = contiguous(over_tasks(back, lanes, found, len(fakes) + len(seeds)))
+    has_blocks = bool(crossing)
+    back, found, crossing = _trace_adjoint(step, start, wanted, crossing)
+    saving, kept = _saving(step, start, crossing, examples, lanes)
+    given = [*examples, *(node.meta["val"] for node in outputs(saving))]
     tangents = [start.results[place] for place in start.active]
-    backward = without_names(trace(torch.func.functionalize(whole), [*examples, *kept_values, *tangents]))
-    if not crossing:
-        backward = computed_once(backward)
-    backward = without_zeros(backward)
-    used = _drop_unused(backward, len(examples))
+    whole = contiguous(over_tasks(back, lanes, found, len(crossing) + len(tangents)))
+    backward = trace(torch.func.functionalize(whole), [*examples, *(given[place] for place in kept), *tangents])
+    backward = without_names(backward)
+    backward = without_zeros(backward if has_blocks else computed_once(backward))
+    residuals = (*_drop_unused(backward, range(len(examples))), *kept)
     accumulate(backward, [position for position, index in enumerate(found) if index in summed])
     added_up = tuple(index for index in found if index in summed)
-    residuals = (*used, *kept)
     return Halves(start.plain, saving, backward, start.places, residuals, start.active, found, added_up, start.results)
 
 
@@ -86,22 +75,12 @@ def _kept_crossing(step: StepFunction) -> tuple[Slot, ...]:
     return tuple(slot for slot in step.programs[0].results if slot.role in CROSSING)
 
 
-def _mapped(module: fx.GraphModule, lanes: Lanes) -> Function:
-    return module if lanes is None else torch.func.vmap(module, in_dims=lanes)
-
-
-def _with_crossing(step: StepFunction, start: Start, crossing: Sequence[Slot]) -> Function:
-    distinct = [step.results[start.places.index(place)] for place in range(len(start.results))]
-
-    def run(*values: Tensor) -> list[Tensor]:
-        found = step.run(dict(zip(step.inputs, values, strict=True)))
-        return [found[slot] for slot in (*distinct, *crossing)]
-
-    return run
-
-
-def _trace_adjoint(adjoint: _Adjoint, given: Sequence[Tensor]) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """Returns the graph of a step's adjoint for one task, and the inputs that have an adjoint."""
+def _trace_adjoint(
+    step: StepFunction, start: Start, wanted: Sequence[int], crossing: tuple[Slot, ...]
+) -> tuple[fx.GraphModule, tuple[int, ...], tuple[Slot, ...]]:
+    """Returns the graph of the adjoint for one task, the inputs that have one, and what it needs of what crosses."""
+    seeded = tuple(step.results[start.places.index(place)] for place in start.active)
+    adjoint = _Adjoint(step, wanted, crossing, seeded)
     found: list[int] = []
 
     def run(*values: Tensor) -> list[Tensor]:
@@ -109,7 +88,30 @@ def _trace_adjoint(adjoint: _Adjoint, given: Sequence[Tensor]) -> tuple[fx.Graph
         found[:] = made
         return list(made.values())
 
-    return trace(run, given), tuple(found)
+    fakes = [step.programs[0].result_of(slot).meta["val"] for slot in crossing]
+    seeds = [outputs(start.forward)[place].meta["val"] for place in start.active]
+    module = trace(run, [*start.single, *fakes, *seeds])
+    first = len(start.single)
+    used = _drop_unused(module, range(first, first + len(crossing)))
+    return module, tuple(found), tuple(crossing[index - first] for index in used)
+
+
+def _saving(
+    step: StepFunction, start: Start, crossing: Sequence[Slot], examples: Sequence[Tensor], lanes: Lanes
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """Returns the graph of the results and of what crosses, and where the latter is to be found: see `Halves`."""
+    if not crossing:
+        return start.plain, ()
+    distinct = [step.results[start.places.index(place)] for place in range(len(start.results))]
+
+    def run(*values: Tensor) -> list[Tensor]:
+        found = step.run(dict(zip(step.inputs, values, strict=True)))
+        return [found[slot] for slot in (*distinct, *crossing)]
+
+    single = trace(run, start.single)
+    mapped = single if lanes is None else torch.func.vmap(single, in_dims=lanes)
+    saving = without_detach(with_contiguous_results(mapped, examples))
+    return saving, keep_fresh_only(saving, len(examples), len(start.results))
 
 
 @dataclass(frozen=True)
@@ -184,14 +186,11 @@ def _by_input(made: Values, wanted: Sequence[Slot]) -> dict[Slot, Tensor]:
     return {slot: made[gradient_slot(slot)] for slot in wanted if gradient_slot(slot) in made}
 
 
-def _drop_unused(backward: fx.GraphModule, inputs: int) -> tuple[int, ...]:
-    """Drops the inputs of a graph that nothing uses, of the first so many; returns the places of those that stay."""
-    placeholders = list(backward.graph.find_nodes(op="placeholder"))
-    used = []
-    for index, node in enumerate(placeholders[:inputs]):
-        if node.users:
-            used.append(index)
-        else:
-            backward.graph.erase_node(node)
-    backward.recompile()
-    return tuple(used)
+def _drop_unused(module: fx.GraphModule, places: range) -> tuple[int, ...]:
+    """Drops the inputs of a graph at these places that nothing uses; returns the places of those that stay."""
+    placeholders = list(module.graph.find_nodes(op="placeholder"))
+    for place in places:
+        if not placeholders[place].users:
+            module.graph.erase_node(placeholders[place])
+    module.recompile()
+    return tuple(place for place in places if placeholders[place].users)
