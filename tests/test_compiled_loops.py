@@ -595,6 +595,7 @@ def test_accumulators_do_not_take_the_names_of_residuals():
         return [first * second * third]
 
     made = halves(product, vectors, range(3), frozenset(range(3)), None)
+    assert made.backward is not None
     results = made.saving(*vectors)
     known = [*vectors, *results]
     sums = [torch.full((5,), float(index), dtype=torch.float64) for index in range(3)]
