@@ -136,12 +136,24 @@ class Bound:
         return made
 
     def adjoints_of_shared(self) -> list[Tensor | None]:
-        """Returns zeros for what is shared and differentiated."""
-        first, wanted = len(self.before.slots), self.around.wanted
+        """Returns zeros for what is shared and differentiated, which this step adds to before any other does."""
+        zeros = self._small_zeros
         return [
-            _zeros(self.forms[first + index]) if slot in wanted else None
-            for index, slot in enumerate(self.around.shared)
+            None if form is None else zeros[index] if index in zeros else _zeros(form)
+            for index, form in enumerate(self._forms_of_shared)
         ]
+
+    @cached_property
+    def _forms_of_shared(self) -> list[Tensor | None]:
+        first, wanted = len(self.before.slots), self.around.wanted
+        return [self.forms[first + i] if slot in wanted else None for i, slot in enumerate(self.around.shared)]
+
+    @cached_property
+    def _small_zeros(self) -> dict[int, Tensor]:
+        """Zeros of single numbers that the step's adjoint adds to: nobody else sees them, and they are made once."""
+        forms = self._forms_of_shared
+        found = {place: forms[place] for _, place in self.to_shared}
+        return {place: _zeros(form) for place, form in found.items() if form is not None and form.numel() == 1}
 
     def adjoints_of_returned(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """Returns adjoints of what the step returned, zeros where there are none."""
