@@ -413,6 +413,22 @@ def fx_of(function, *examples):
     return make_fx(function, tracing_mode="fake")(*examples)
 
 
+def test_verify_takes_what_is_left_of_a_cancellation_for_rounding():
+    """The gradient of a bias before batch norm is zero; what is computed is noise, whatever the order of the sum."""
+
+    def left_over(x):
+        return [(x - x.mean(0)).sum(0)]
+
+    x = torch.randn(37, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    module = fx_of(left_over, x)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(4))
+    other = verification.verified(lambda module: lambda inputs: module(inputs[0][order]), module, "sum")
+    assert not torch.equal(other([x])[0], module(x)[0])
+    wrong = verification.verified(lambda module: lambda inputs: [module(*inputs)[0] + 1e-8], module, "sum")
+    with pytest.raises(gimli.CompileError):
+        wrong([x])
+
+
 def test_verify_takes_a_crossed_kink_for_rounding():
     """A relu whose input rounds to the other side of zero changes the gradient by much more than rounding does.
 
