@@ -29,7 +29,7 @@ from gimli_compile.metadata import FAKE
 Tensor = torch.Tensor
 Executable = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Callable[[fx.GraphModule], Executable]
-_ALONE = 8192  # elements of a loop for each thread: what starting and waiting for threads is worth
+_ALONE = 32768  # elements of a loop for each thread: what starting and waiting for threads is worth
 # What the Python around a library's function uses where all it does is to pass tensors on.
 _PASSING_ON = {
     *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
