@@ -7,8 +7,8 @@ inline V tanh(const V& x) {
   return x.tanh();
 }
 
-// Within two units in the last place, in less than half of the time. Below 0.625 it is x + x^3 p(x^2), whose relative error of
-// 4.4e-9 is the smallest that five coefficients reach; above, 1 - 2 / (exp(2 |x|) + 1), where nothing cancels.
+// Within two units in the last place, in less than half of the time. Below 0.625 it is x + x^3 p(x^2), whose relative
+// error of 4.4e-9 is the smallest that five coefficients reach; above, 1 - 2 / (exp(2 |x|) + 1), where nothing cancels.
 inline at::vec::Vectorized<float> tanh(const at::vec::Vectorized<float>& x) {
   using V = at::vec::Vectorized<float>;
   const V one(1.0f), two(2.0f), size = x.abs(), square = x * x;
