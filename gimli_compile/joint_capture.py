@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
-from gimli_compile.loss_capture import LossRun, check_loss, inner_gradient, takes_meta
+from gimli_compile.loss_capture import LossRun, arguments_of_loss, check_loss, inner_gradient
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.model_view import ModelView
 from gimli_compile.passes.rematerialization import recompute_blocks
@@ -45,10 +45,7 @@ def capture_joint(
     """
     _refuse_hooks(view)
     run = LossRun(view, params, buffers, wanted)
-    traced_batch = run.add_tree(Role.BATCH, batch)
-    arguments = (view.filled({**run.params, **run.buffers}), traced_batch)
-    if takes_meta(loss_fn):
-        arguments = (*arguments, run.add_tree(Role.META, meta))
+    arguments = arguments_of_loss(run, loss_fn, batch, meta)
     with run.tracing(), _hooks_refused():
         loss = loss_fn(*arguments)
         check_loss(loss, loss_fn)

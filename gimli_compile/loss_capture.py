@@ -259,7 +259,7 @@ def capture_loss(
 
     def begin() -> tuple[LossRun, Callable[[], Any]]:
         run = LossRun(view, params, buffers)
-        arguments = _arguments_of_loss(run, loss_fn, batch, meta)
+        arguments = arguments_of_loss(run, loss_fn, batch, meta)
 
         def call() -> Any:
             loss = loss_fn(*arguments)
@@ -281,7 +281,8 @@ def _captured_forward(begin: Callable[[], tuple[LossRun, Callable[[], Any]]], ti
     return Forward(run.finish(title, name, {**results, **run.buffer_results()}), returned, name)
 
 
-def _arguments_of_loss(run: LossRun, loss_fn: Callable[..., Any], batch: Any, meta: Any) -> tuple[Any, ...]:
+def arguments_of_loss(run: LossRun, loss_fn: Callable[..., Any], batch: Any, meta: Any) -> tuple[Any, ...]:
+    """Announces batch and meta to a run; returns what to call a loss with."""
     traced_batch = run.add_tree(Role.BATCH, batch)
     arguments = (run.view.filled({**run.params, **run.buffers}), traced_batch)
     return (*arguments, run.add_tree(Role.META, meta)) if takes_meta(loss_fn) else arguments
@@ -301,7 +302,7 @@ def capture_gradient(
 
     def begin() -> tuple[LossRun, Callable[[], Any]]:
         run = LossRun(view, params, buffers)
-        arguments = _arguments_of_loss(run, loss_fn, batch, meta)
+        arguments = arguments_of_loss(run, loss_fn, batch, meta)
         return run, lambda: loss_fn(*arguments)
 
     run, call = begin()

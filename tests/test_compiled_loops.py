@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 import gimli_compile as gimli
 from gimli_compile.compiled import backends, steps, verification
 from gimli_compile.compiled.backends import run_in_python
+from gimli_compile.compiled.binding import passed_through
 from gimli_compile.compiled.halves import halves
 
 STEPS = 5
@@ -315,6 +317,34 @@ def test_what_steps_only_pass_on_or_exchange_keeps_its_gradient(backend, steps, 
     for _ in range(2):
         for found, wanted in zip(run(fast), expected, strict=True):
             assert_agree(found, wanted, 1e-12)
+
+
+def test_what_is_passed_on_is_followed_through_every_step():
+    """Of four places, two are exchanged by each step, one stays, and one is computed by the second step."""
+    plan: Any = [
+        SimpleNamespace(before=SimpleNamespace(slots="abcd"), carry=carry) for carry in ((1, 0, 2, 3), (1, 0, 2, 9))
+    ]
+    assert passed_through(plan[:1]) == {0: 1, 1: 0, 2: 2, 3: 3}
+    assert passed_through(plan) == {0: 0, 1: 1, 2: 2}
+    assert passed_through([*plan, plan[0]]) == {0: 1, 1: 0, 2: 2}
+
+
+@pytest.mark.parametrize("checkpoint", [None, "sqrt"])
+def test_a_parameter_that_no_step_changes_keeps_both_of_its_gradients(checkpoint):
+    """That of the steps, and that of what is made of it after them."""
+    model = mlp().double()
+    fn = gimli.functionalize(model, sgd(list(model.parameters())[2:]), cross_entropy)
+
+    def run(one):
+        state = fn.init()
+        state.params = {name: value.clone().requires_grad_() for name, value in fn.init().params.items()}
+        last, losses = one.unroll(state, Case().batches(), checkpoint=checkpoint)
+        outcome = losses.sin().sum() + last.params["0.weight"].square().sum()
+        return torch.autograd.grad(outcome, list(state.params.values()))
+
+    fast = fn.compile("eager")
+    for found in (run(fast), run(fast)):
+        assert_agree(found, run(fn), 1e-12)
 
 
 def test_a_validation_loop_in_inference_mode_leaves_nothing_behind():

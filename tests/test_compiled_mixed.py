@@ -204,7 +204,10 @@ def test_a_warm_state(optimizer):
 @pytest.mark.parametrize("optimizer", [torch.optim.SparseAdam, torch.optim.SGD])
 def test_sparse_gradients(optimizer):
     """The rows that a batch touches go from the loss to the update, in the backward pass as well."""
-    embedding = lambda: nn.Embedding(6, 3, sparse=True)  # noqa: E731
+
+    def embedding():
+        return nn.Embedding(6, 3, sparse=True)
+
     batches = [(torch.tensor([t, 1, 3]), normal(3, 3, seed=t)) for t in range(4)]
     training = Training(embedding, lambda params: optimizer(params, lr=0.3), squared_error, batches)
     fn = functionalized(training)

@@ -112,7 +112,7 @@ def _form(value: torch.Tensor) -> Any:
 
 
 def _by_one(node: fx.Node) -> fx.Node | None:
-    return node.args[0] if node.args[1] == 1 else None  # type: ignore[return-value]
+    return _first(node) if node.args[1] == 1 else None
 
 
 def _with_zeros(node: fx.Node) -> fx.Node | None:
@@ -126,11 +126,11 @@ def _with_zeros(node: fx.Node) -> fx.Node | None:
 
 
 def _turned_twice(node: fx.Node) -> fx.Node | None:
-    inner = node.args[0]
-    return inner.args[0] if isinstance(inner, fx.Node) and inner.target in _TURNS else None  # type: ignore[return-value]
+    inner = _first(node)
+    return _first(inner) if inner is not None and inner.target in _TURNS else None
 
 
-def _viewed_as_it_is(node: fx.Node) -> fx.Node | None:
+def _first(node: fx.Node) -> fx.Node | None:
     return node.args[0] if isinstance(node.args[0], fx.Node) else None
 
 
@@ -139,6 +139,6 @@ _RULES: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
     aten.div.Scalar: _by_one,
     aten.add.Tensor: _with_zeros,
     aten.t.default: _turned_twice,
-    aten.view.default: _viewed_as_it_is,
-    aten.expand.default: _viewed_as_it_is,
+    aten.view.default: _first,
+    aten.expand.default: _first,
 }
