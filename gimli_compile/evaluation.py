@@ -18,13 +18,20 @@ def evaluate(
     losses: LossTable, compiler: Compiler | None, asked: Asked, view: ModelView, *, tasks: bool = False
 ) -> tuple[Any, Tensors]:
     """Returns the output or the loss, and the new buffers; with `tasks`, for one state and one batch for each task."""
+    call, loops = None, None
+    if compiler is not None:
+        loops = compiler.losses if asked.is_loss else compiler.forwards
+        call = compiler.reader.evaluation(asked, tasks=tasks)
+        replayed = loops.replay(call)
+        if replayed is not None:
+            return replayed[1], replayed[0].buffers
     if not asked.is_loss:
         check_callable(view.model)
     view.refresh()
     check_evaluated(asked.params, asked.buffers, view, tasks=tasks)
     asked = asked._replace(batch=opened(asked.batch), meta=opened(asked.meta))
-    if compiler is not None:
-        return evaluate_compiled(compiler, asked, view.options, tasks=tasks)
+    if loops is not None:
+        return evaluate_compiled(loops, asked, view.options, call, tasks=tasks)
     if not tasks:
         return losses.evaluate(asked)
 

@@ -6,11 +6,21 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.protocol import Protocol, quadratic_loss
 from gimli_compile.state import TrainState
 from gimli_compile.stepping import StepInputs, WholeStepper
 from gimli_compile.train_steps import DefaultStep
 from gimli_compile.update_table import UpdateTable
+
+
+def used_paths(view: OptimizerView, table: Callable[[], UpdateTable | None]) -> set[str]:
+    """Returns the paths of the hyperparameters that updates use; looks at example updates if there are others."""
+    every, shown = {leaf.path for leaf in view.hyper_leaves()}, view.companion_paths()
+    if all(path.startswith("groups.") or path in shown for path in every):
+        return every
+    found = table()
+    return every if found is None else found.used_hyperparameters()
 
 
 def example_table(

@@ -27,9 +27,10 @@ from gimli_compile.argument_checks import (
     guards_branches,
 )
 from gimli_compile.compiled.backends import choose_backend
-from gimli_compile.compiled.calls import Compiler, step_compiled, unroll_compiled
+from gimli_compile.compiled.call_reading import CallReader
+from gimli_compile.compiled.calls import Compiler, replay, step_compiled, unroll_compiled
 from gimli_compile.evaluation import evaluate
-from gimli_compile.example_steps import example_table
+from gimli_compile.example_steps import example_table, used_paths
 from gimli_compile.hyper_values import HyperReader
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.kept_attributes import keep_attributes
@@ -133,8 +134,8 @@ class Functional:
             InputError: there is no such backend.
             CompileError: (by a first call) a compiled program computes something else.
         """
-        made = copy.copy(self)
-        made._compiler = Compiler(self._stepper, self._losses, choose_backend(backend), verify=verify)
+        made, reader = copy.copy(self), CallReader(self._view, self._model_view, self._hyper_reader)
+        made._compiler = Compiler(self._stepper, self._losses, reader, choose_backend(backend), verify=verify)
         return made
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:
@@ -169,19 +170,11 @@ class Functional:
         """
         check_options(self._view)
         skeleton, values = self._view.read()
-        used = self._used_paths() | self._view.companion_paths()
+        used = used_paths(self._view, self._example_table) | self._view.companion_paths()
         leaves = self._view.hyper_leaves()
         shown = {leaf.path for leaf in leaves if leaf.is_tensor or leaf.path.startswith("groups.") or leaf.path in used}
         optimizers = groups_by_optimizer(self._view.optimizer, per_parameter=self._view.per_parameter)
         return build_hyperparameters(skeleton, values, shown, optimizers)
-
-    def _used_paths(self) -> set[str]:
-        """Returns the paths of the hyperparameters that updates use; looks at the first two if there are others."""
-        every, shown = {leaf.path for leaf in self._view.hyper_leaves()}, self._view.companion_paths()
-        if all(path.startswith("groups.") or path in shown for path in every):
-            return every
-        table = self._example_table()
-        return every if table is None else table.used_hyperparameters()
 
     def _example_table(self) -> UpdateTable | None:
         return example_table(
@@ -251,10 +244,15 @@ class Functional:
     ) -> tuple[TrainState, torch.Tensor]:
         """Takes one inner step: loss, gradient, update. Returns the new state and the loss (0-dim) before the step."""
         check_loss_given(self.loss_fn, self.train_step)
+        call, replayed = replay(self._compiler, state, [batch], hyper, meta, LoopOptions(), single=True)
+        if replayed is not None:
+            return replayed
         values = self._hyper_values(hyper)
         check_start(state, self._model_view, self._view)
         inputs = StepInputs(state, batch, values, meta, model_key=self._model_view.options)
-        return self._stepper.step(inputs) if self._compiler is None else step_compiled(self._compiler.loops, inputs)
+        if self._compiler is not None:
+            return step_compiled(self._compiler.loops, inputs, call)
+        return self._stepper.step(inputs)
 
     def unroll(
         self,
@@ -303,6 +301,10 @@ class Functional:
         """
         check_loss_given(self.loss_fn, self.train_step)
         options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
+        call, replayed = replay(self._compiler, state, batches, hyper, meta, options)
+        if replayed is not None:
+            self.last_plan = None
+            return replayed
         values = self._hyper_values(hyper, tasks)
         model_key = self._model_view.options
         loop = Loop(state, batches, values, meta)
@@ -319,7 +321,7 @@ class Functional:
             made = unroll_steps(steps, loop, options)
         else:
             check_start(state_of_one_task(state, tasks), self._model_view, self._view)
-            made = unroll_compiled(self._compiler.loops, loop, options, steps)
+            made = unroll_compiled(self._compiler.loops, loop, options, steps, call)
         self.last_plan = steps.plan
         return made
 

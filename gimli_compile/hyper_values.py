@@ -41,6 +41,10 @@ class HyperReader:
         shared = {path: torch.stack([self._live(path)] * count, dim) for path in paths if path not in given}
         return {path: given[path] if path in given else shared[path] for path in paths}
 
+    def is_live_number(self, value: torch.Tensor) -> bool:
+        """Tells whether a tensor stands for a number of the live optimizer, as it is now."""
+        return any(value is number for number in self._numbers.values())
+
     def _live(self, path: str) -> torch.Tensor:
         value = self._read[1][path]
         if isinstance(value, torch.Tensor):  # what its memory holds may change

@@ -48,6 +48,12 @@ def representatives(tree: Any) -> Any:
         return tree_map_only(torch.Tensor, convert, tree)
 
 
+def representatives_apart(tree: Any) -> Any:
+    """Applies `representative` to the tensors of a pytree; none of those that it returns are one object."""
+    with outside_transforms():
+        return tree_map_only(torch.Tensor, representative, tree)
+
+
 def all_lanes(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the values of a possibly wrapped tensor, with the batch dimensions of `vmap` if there are any."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -18,7 +18,7 @@ from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
 from gimli_compile.several_optimizers import kind_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
-from gimli_compile.transforms import is_differentiated, outside_transforms, representatives
+from gimli_compile.transforms import is_differentiated, outside_transforms, representatives, representatives_apart
 from gimli_compile.tree_slots import form, tree_form
 from gimli_compile.update_capture import capture_update
 from gimli_compile.update_values import StepData, UpdateInputs
@@ -175,14 +175,15 @@ def assemble(
 
 
 def representatives_of(inputs: UpdateInputs) -> UpdateInputs:
-    """Returns plain tensors in place of those that torch.func wrapped."""
+    """Returns plain tensors in place of those that torch.func wrapped.
+
+    They are one object where a variant is made for that (`signature`): a program reads one object as one input.
+    """
     data = inputs.data
-    given = None if data is None else (data.buffers, data.batch, data.meta, dict(data.grads))
-    params, grads, state, hyper, given = representatives(
-        (dict(inputs.params), dict(inputs.grads), dict(inputs.opt_state), dict(inputs.hyper), given)
-    )
+    grads, state, hyper = (representatives(dict(part)) for part in (inputs.grads, inputs.opt_state, inputs.hyper))
+    params = representatives_apart(dict(inputs.params))
     if data is not None:
-        buffers, batch, meta, held = given
+        buffers, batch, meta, held = representatives_apart((data.buffers, data.batch, data.meta, dict(data.grads)))
         data = StepData(buffers, batch, meta, data.form, held)
     return UpdateInputs(params, grads, OptState(inputs.opt_state.skeleton, state), hyper, data=data)
 

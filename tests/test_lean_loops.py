@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from gimli_compile.compiled import backends, native
+from gimli_compile.compiled import backends, native, replays
 from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.halves import trace
 from gimli_compile.compiled.lean import give_memory_back, lean_text
+from gimli_compile.compiled.unrolling import LoopCompiler
 from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, differentiated, held
 
 pytestmark = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
@@ -24,24 +25,42 @@ LOOPS = {
     "lookahead": CASES["lookahead"],
     "meta and batches, tasks": CASES["meta and batches, tasks"],
     "checkpoint 2": CASES["checkpoint 2"],
+    "recomputed": Case(optimizer=adamw, options={"checkpoint": 2}),
+    "mixed": Case(options={"backward": "mixed"}),
+    "tasks": Case(tasks=3, optimizer=adamw),
     "truncate": CASES["truncate"],
     "train step": CASES["train step"],
     "held gradients, recomputed": Case(train_step=held, options={"checkpoint": "step"}),
 }
 
 
+REPLAYED = ("adamw", "lookahead", "recomputed", "mixed", "tasks")  # which take no more than the driver
+KINDS = {"play": "forward", "play_back": "backward"}  # of what the driver does for calls like an earlier one
+
+
+@pytest.fixture(params=["read", "replayed"])
+def way(request, monkeypatch):
+    """Whether calls are read anew, or replayed where one like them ran before."""
+    if request.param == "read":
+        monkeypatch.setattr(LoopCompiler, "replay", lambda *_: None)
+    return request.param
+
+
 @pytest.fixture
-def runs(monkeypatch):
-    """Counts the loops that the driver ran, forward and back."""
-    counts = {"forward": 0, "backward": 0}
+def runs(way, monkeypatch):
+    """Counts the loops that the driver ran, forward and back; "played" counts those that were replayed."""
+    counts = {"forward": 0, "backward": 0, "played": 0}
 
     class Counting:
-        def __getattr__(self, name):
-            counts[name] = counts.get(name, 0) + 1
+        def __getattr__(self, name: str):
+            kind = KINDS.get(name, name)
+            counts[kind] = counts.get(kind, 0) + 1
+            counts["played"] = counts.get("played", 0) + (name == "play")
             return getattr(driver, name)
 
     driver = native.driver()
     monkeypatch.setattr(native, "driver", Counting)
+    monkeypatch.setattr(replays, "driver", Counting)
     return counts
 
 
@@ -49,6 +68,7 @@ def in_python(monkeypatch, run):
     """Runs something with Python's loop."""
     with monkeypatch.context() as patch:
         patch.setattr(native.NativeLoop, "can_run", lambda *_, **__: False)
+        patch.setattr(LoopCompiler, "replay", lambda *_: None)
         return run()
 
 
@@ -60,16 +80,19 @@ def compiled(case):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_the_driver_gives_what_the_loop_in_python_gives(name, runs, monkeypatch):
+def test_the_driver_gives_what_the_loop_in_python_gives(name, runs, way, monkeypatch):
     case = LOOPS[name]
     fn, hyper = compiled(case)
     expected = case.run(fn, hyper)
     fast = fn.compile("inductor")
     case.run(fast, hyper)  # programs compare themselves with their graphs: in Python
-    assert runs == {"forward": 0, "backward": 0}
-    found = case.run(fast, hyper)
+    assert runs["forward"] == runs["backward"] == 0
+    case.run(fast, hyper)
     loops = 2 if "truncate" in case.options else 1
-    assert runs["backward"] == 1 and runs["forward"] == loops
+    assert runs["backward"] == 1 and runs["forward"] == loops and not runs["played"]
+    found = case.run(fast, hyper)
+    assert runs["backward"] == 2 and runs["forward"] == 2 * loops
+    assert runs["played"] == (way == "replayed" and name in REPLAYED)
     same = in_python(monkeypatch, lambda: case.run(fast, hyper))
     for one, other, live in zip(found, same, expected, strict=True):
         assert_agree(one, other, 0)
@@ -91,6 +114,7 @@ def test_float32_and_a_tape_for_the_loop_in_python(runs, monkeypatch):
         runs.clear()
         with monkeypatch.context() as patch:
             patch.setattr(native.NativeLoop, "can_run_back", lambda *_: False)
+            patch.setattr(LoopCompiler, "replay", lambda *_: None)
             same = case.run(fast, hyper, torch.float32)
         assert runs["forward"] == 1 and "backward" not in runs
         for one, other, live in zip(found, same, expected, strict=True):
@@ -104,7 +128,8 @@ def fast():
     case = Case(optimizer=adamw)
     fn, hyper = compiled(case)
     made = fn.compile("inductor")
-    case.run(made, hyper)
+    for _ in range(2):
+        case.run(made, hyper)
     return case, made, hyper
 
 
@@ -132,7 +157,7 @@ def test_what_is_changed_before_the_backward_pass_is_noticed(fast, changed, runs
         last.params["0.weight"].sum().backward()
 
 
-def test_results_may_be_changed(fast):
+def test_results_may_be_changed(fast, way):
     """They are no part of the tape."""
     state, last = unrolled(fast)
     expected = torch.autograd.grad(last.params["0.weight"].sum(), state.params["0.weight"], retain_graph=True)
@@ -143,11 +168,12 @@ def test_results_may_be_changed(fast):
     assert_agree(torch.autograd.grad(outcome, state.params["0.weight"]), expected, 0)
 
 
-def test_a_tape_goes_with_the_graph(fast, monkeypatch):
+def test_a_tape_goes_with_the_graph(fast, monkeypatch, way):
     """The backward pass frees it, or the last tensor that the loop gave: nothing refers to itself."""
     holders = []
-    make = native._holder
-    monkeypatch.setattr(native, "_holder", lambda tape: holders.append(weakref.ref(made := make(tape))) or made)
+    make = native.holder_of
+    for module in (native, replays):
+        monkeypatch.setattr(module, "holder_of", lambda tape: holders.append(weakref.ref(made := make(tape))) or made)
     gc.disable()
     try:
         state, last = unrolled(fast)
@@ -176,13 +202,15 @@ def test_hooks_on_saved_tensors_see_those_of_the_loop(fast, runs):
     assert_agree(found, torch.autograd.grad(last.params["0.weight"].sum(), state.params["0.weight"]), 0)
 
 
-def test_without_gradients(fast, runs):
+def test_without_gradients(fast, runs, way):
     case, fn, _ = fast
+    fn = fn.compile("inductor")
     with torch.no_grad():
         fn.unroll(fn.init(), case.batches())
         assert runs["forward"] == 0
+        fn.unroll(fn.init(), case.batches())
         found, losses = fn.unroll(fn.init(), case.batches())
-    assert runs["forward"] == 1
+    assert runs["forward"] == 2 and runs["played"] == (2 if way == "replayed" else 0)
     _, last = unrolled(fast)
     assert_agree(list(found.params.values()), list(last.params.values()), 1e-14)
     assert losses.shape == (5,)
@@ -317,8 +345,8 @@ def test_other_strides_are_refused():
 def test_memory_is_given_back_on_request(runs):
     fn, hyper = compiled(CASES["adamw"])
     fast = fn.compile("inductor")
-    first = [CASES["adamw"].run(fast, hyper) for _ in range(2)][-1]
+    first = [CASES["adamw"].run(fast, hyper) for _ in range(3)][-1]
     give_memory_back()
     for again, before in zip(CASES["adamw"].run(fast, hyper), first, strict=True):
         assert_agree(again, before, 0)
-    assert runs["forward"] == 2
+    assert runs["forward"] == 3

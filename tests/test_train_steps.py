@@ -473,3 +473,28 @@ def test_a_weight_decay_of_zero_beside_a_frozen_layer_has_its_derivative():
 
 def test_plain_sgd_without_a_loss_function():
     check_gradients(training_of(two_losses, plain_sgd, steps=3), ["groups.0.lr"])
+
+
+def test_one_tensor_at_two_places_of_a_batch():
+    """A step that is captured with one is right for two, as an autoencoder's with noise in its input."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train_step(model, optimizer, batch, meta):
+        optimizer.zero_grad()
+        loss = ((model(batch[0]) - batch[1]) ** 2).mean() + (meta[0] * meta[1] ** 2).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    fn = gimli.functionalize(model, optimizer, train_step=train_step)
+    x, y, a, b = torch.randn(4, 3, 3, dtype=torch.float64)
+    fn.step(fn.init(), (x, x), meta=(a, a))
+    start = fn.init()
+    last, loss = fn.step(start, (x, y), meta=(a, b))
+    with torch.no_grad():
+        assert torch.allclose(loss, ((model(x) - y) ** 2).mean() + (a * b**2).sum())
+    train_step(model, optimizer, (x, y), (a, b))
+    for name, value in model.named_parameters():
+        assert torch.allclose(last.params[name], value)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gimli_compile.compiled.inputs import in_order
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.slot import Role, Slot
 from gimli_compile.tree_slots import form, tree_slots
@@ -19,13 +20,17 @@ Flat = tuple[list[Any], pytree.TreeSpec]
 
 
 class Batches:
-    """The batches of a loop: a list, or a pytree of tensors with a step dimension, which is cut only once."""
+    """The batches of a loop: a list, or a pytree of tensors with a step dimension, which is cut only once.
+
+    `is_uniform`: such a pytree; `dim` is its step dimension.
+    """
 
     def __init__(self, batches: Any, dim: int) -> None:
         given = list(batches) if isinstance(batches, Iterator) else batches
         steps = split_batches(given, dim) if isinstance(given, list) else None
         self._flat: list[Flat] = list(map(pytree.tree_flatten, steps)) if steps is not None else _cut(given, dim)
         self.is_uniform = steps is None
+        self.dim = dim
 
     def __len__(self) -> int:
         return len(self._flat)
@@ -36,7 +41,7 @@ class Batches:
     def part(self, start: int, end: int) -> Batches:
         """Returns some of the batches."""
         made = object.__new__(Batches)
-        made._flat, made.is_uniform = self._flat[start:end], self.is_uniform
+        made._flat, made.is_uniform, made.dim = self._flat[start:end], self.is_uniform, self.dim
         return made
 
     def slots(self) -> tuple[Slot, ...]:
@@ -80,7 +85,7 @@ def _cut(batches: Any, dim: int) -> list[Flat]:
     count = leaves[0].shape[dim]
     if not count or any(leaf.shape[dim] != count for leaf in leaves):
         return [pytree.tree_flatten(step) for step in split_batches(batches, dim)]
-    parts = [(leaf.contiguous() if dim == 0 else leaf.movedim(dim, 0).contiguous()).unbind() for leaf in leaves]
+    parts = [in_order(leaf if dim == 0 else leaf.movedim(dim, 0)).unbind() for leaf in leaves]
     return [(list(of_step), structure) for of_step in zip(*parts, strict=True)]
 
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch._C._functorch as _functorch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.batches import Batches
+from gimli_compile.compiled.call_reading import Call, CallReader
 from gimli_compile.compiled.choice import LoopInputs, StepChoice
 from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
+from gimli_compile.compiled.loop import refuse_transforms
 from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError, compose_message
@@ -28,17 +29,49 @@ from gimli_compile.unrolling import planned, segment_length
 class Compiler:
     """What `Functional.compile` adds: compiled loops and compiled forward passes."""
 
-    def __init__(self, stepper: SplitStepper | WholeStepper, losses: LossTable, backend: str, *, verify: bool) -> None:
+    def __init__(
+        self,
+        stepper: SplitStepper | WholeStepper,
+        losses: LossTable,
+        reader: CallReader,
+        backend: str,
+        *,
+        verify: bool,
+    ) -> None:
         mixed = MixedSteps(stepper) if isinstance(stepper, SplitStepper) else None
         self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify, mixed=mixed)
         self.forwards = LoopCompiler(ForwardChoice(losses, is_loss=False), backend, verify=verify)
         self.losses = LoopCompiler(ForwardChoice(losses, is_loss=True), backend, verify=verify)
+        self.reader = reader
+
+
+def replay(
+    compiler: Compiler | None,
+    state: Any,
+    batches: Any,
+    hyper: Any,
+    meta: Any,
+    options: LoopOptions,
+    *,
+    single: bool = False,
+) -> tuple[Call | None, tuple[TrainState, Any] | None]:
+    """Reads the arguments of `unroll`, or with `single` of `step`; returns also the results, if such a call ran before.
+
+    A call that cannot be read, or a loop that does not exist compiled, has None.
+    """
+    if compiler is None:
+        return None, None
+    call = compiler.reader.loop(state, batches, (hyper, meta), options, single=single)
+    return call, compiler.loops.replay(call)
 
 
 def unroll_compiled(
-    compiler: LoopCompiler, loop: Loop, options: LoopOptions, steps: LoopSteps
+    compiler: LoopCompiler, loop: Loop, options: LoopOptions, steps: LoopSteps, call: Call | None
 ) -> tuple[TrainState, Any]:
-    """Runs a loop by compiled programs: see `Functional.unroll`. `steps` are the uncompiled ones."""
+    """Runs a loop by compiled programs: see `Functional.unroll`. `steps` are the uncompiled ones.
+
+    What calls like this one are known by is `call`.
+    """
     _refuse_modes(options)
     loop, inputs = _inputs_of(loop, options, steps.model_key)
     first = 0 if options.truncate is None else max(0, len(inputs.batches) - options.truncate)
@@ -46,15 +79,14 @@ def unroll_compiled(
         taken = steps if inputs.dims is None else TaskSteps(steps, inputs.dims)
         differentiated = replace(loop, batches=inputs.batches.part(first, len(inputs.batches)))
         options = planned(steps, taken, differentiated, options)
-    return _run(compiler, loop.state, inputs, options, first)
+    return _run(compiler, loop.state, inputs, options, first, call)
 
 
-def step_compiled(compiler: LoopCompiler, given: StepInputs) -> tuple[TrainState, Any]:
+def step_compiled(compiler: LoopCompiler, given: StepInputs, call: Call | None) -> tuple[TrainState, Any]:
     """Takes one step by compiled programs: see `Functional.step`."""
     options = LoopOptions()
     loop, inputs = _inputs_of(Loop(given.state, [given.batch], dict(given.hyper), given.meta), options, given.model_key)
-    state, losses = _run(compiler, loop.state, inputs, options, 0)
-    return state, pytree.tree_map_only(torch.Tensor, lambda loss: loss.squeeze(-1), losses)
+    return compiler.unroll(loop.state, inputs, segment=None, call=call, single=True)
 
 
 def _inputs_of(loop: Loop, options: LoopOptions, model_key: Any) -> tuple[Loop, LoopInputs]:
@@ -73,7 +105,12 @@ def _inputs_of(loop: Loop, options: LoopOptions, model_key: Any) -> tuple[Loop, 
 
 
 def _run(
-    compiler: LoopCompiler, state: TrainState, inputs: LoopInputs, options: LoopOptions, first: int
+    compiler: LoopCompiler,
+    state: TrainState,
+    inputs: LoopInputs,
+    options: LoopOptions,
+    first: int,
+    call: Call | None,
 ) -> tuple[TrainState, Any]:
     """Runs a loop of which the steps from `first` on are differentiated."""
     count = len(inputs.batches)
@@ -84,17 +121,19 @@ def _run(
     if inputs.is_mixed and length == 1:
         length = None  # what is kept of a step is the state that it starts from
     if not first:
-        return compiler.unroll(state, inputs, segment=length)
+        return compiler.unroll(state, inputs, segment=length, call=call)
     with torch.no_grad():
         state, losses = compiler.unroll(state, replace(inputs, batches=inputs.batches.part(0, first)), segment=None)
     state, last = compiler.unroll(state, replace(inputs, batches=inputs.batches.part(first, count)), segment=length)
     return state, _joined([losses, last])
 
 
-def evaluate_compiled(compiler: Compiler, asked: Asked, model_key: Any, *, tasks: bool = False) -> tuple[Any, Tensors]:
+def evaluate_compiled(
+    compiler: LoopCompiler, asked: Asked, model_key: Any, call: Call | None, *, tasks: bool = False
+) -> tuple[Any, Tensors]:
     """Evaluates the model or the loss by compiled programs: see `Functional.forward` and `Functional.loss`."""
     refuse_transforms((asked.params, asked.buffers, asked.batch, asked.meta))
-    return forward_compiled(compiler.losses if asked.is_loss else compiler.forwards, asked, model_key, tasks=tasks)
+    return forward_compiled(compiler, asked, model_key, call, tasks=tasks)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -112,21 +151,5 @@ def _refuse_modes(options: LoopOptions) -> None:
                 None,
                 "Compiled programs are a step and its adjoint, which carry derivatives back, not forward.",
                 'Use `backward="mixed"`, with `checkpoint="sqrt"` for the least memory, or unroll uncompiled.',
-            )
-        )
-
-
-def refuse_transforms(inputs: Any) -> None:
-    """Refuses tensors that belong to a transform of torch.func."""
-    if not _functorch.peek_interpreter_stack():
-        return
-    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
-    if any(map(_functorch.is_functorch_wrapped_tensor, tensors)):
-        raise InputError(
-            compose_message(
-                "a compiled program runs under a torch.func transform",
-                None,
-                "Transforms of torch.func trace Python code, and compiled code cannot be traced.",
-                "Use `unroll(..., tasks=True)` for many tasks and `backward()` for gradients, or unroll uncompiled.",
             )
         )

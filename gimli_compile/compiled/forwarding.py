@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch.utils import _pytree as pytree
-
 from gimli_compile.compiled.batches import Batches
+from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import Draws, LoopInputs, Place, at_place
 from gimli_compile.compiled.steps import StepFunction
 from gimli_compile.compiled.unrolling import LoopCompiler
@@ -63,17 +61,17 @@ class ForwardChoice:
         return self._made[id(forward)]
 
 
-def forward_compiled(compiler: LoopCompiler, asked: Asked, model_key: Any, *, tasks: bool) -> tuple[Any, Tensors]:
+def forward_compiled(
+    compiler: LoopCompiler, asked: Asked, model_key: Any, call: Call | None, *, tasks: bool
+) -> tuple[Any, Tensors]:
     """Evaluates the model, or the loss; returns also the new buffers.
 
-    With `tasks`, parameters, buffers and batch lead with the task, and meta is shared.
+    With `tasks`, parameters, buffers and batch lead with the task, and meta is shared. `call`: see `LoopCompiler`.
     """
     state = TrainState(asked.params, asked.buffers, OptState(_NOTHING, {}))
     dims, count = None, None
     if tasks:
         dims, count = (0, 0, None, None), next(iter(asked.params.values())).shape[0]
     loop = LoopInputs(Batches([asked.batch], 0), {}, asked.meta, 2, model_key, dims, count)
-    state, output = compiler.unroll(state, loop, segment=None)
-    if isinstance(output, torch.Tensor):
-        return output.squeeze(-1), state.buffers
-    return pytree.tree_map_only(torch.Tensor, lambda part: part.squeeze(-1), output), state.buffers
+    state, output = compiler.unroll(state, loop, segment=None, call=call, single=True)
+    return output, state.buffers

@@ -46,14 +46,14 @@ def state_values(state: TrainState) -> list[Tensor]:
 def build_state(slots: tuple[Slot, ...], values: Sequence[Tensor], skeleton: Skeleton) -> TrainState:
     """Returns the train state that these are the tensors of."""
     params, buffers, state, held = (
-        dict(zip(names, [values[index] for index in places], strict=True)) for names, places in _layout(slots)
+        dict(zip(names, [values[index] for index in places], strict=True)) for names, places in layout(slots)
     )
     names = [name for name in params if Slot(Role.HELD, name) in held] if held else []
     return TrainState(params, buffers, OptState(skeleton, state), from_slots(held, names, HELD) if held else {})
 
 
 @functools.lru_cache(maxsize=512)
-def _layout(slots: tuple[Slot, ...]) -> list[tuple[list[Any], list[int]]]:
+def layout(slots: tuple[Slot, ...]) -> list[tuple[list[Any], list[int]]]:
     """Returns names and places of parameters, buffers and state; and those of the gradients held, as slots."""
     parts: list[tuple[list[Any], list[int]]] = [([], []) for _ in range(4)]
     for index, slot in enumerate(slots):
@@ -61,6 +61,11 @@ def _layout(slots: tuple[Slot, ...]) -> list[tuple[list[Any], list[int]]]:
         parts[part][0].append(slot if part == 3 else slot.path)
         parts[part][1].append(index)
     return parts
+
+
+def in_order(value: Tensor) -> Tensor:
+    """Returns a tensor of which the memory holds the elements themselves, one after the other."""
+    return value.resolve_conj().resolve_neg().contiguous()
 
 
 def forms(values: Sequence[Tensor]) -> Any:

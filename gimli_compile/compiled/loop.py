@@ -8,6 +8,9 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
+import torch._C._functorch as _functorch
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.binding import Bound
 from gimli_compile.errors import InputError, compose_message
@@ -238,6 +241,7 @@ class CompiledLoop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Runs the adjoints of the steps."""
+        refuse_batched(grads)
         saved, given = ctx.saved_tensors, len(ctx.needs_input_grad) - 2
         inputs, kept = list(saved[:given]), list(saved[given:])
         last: list[Tensor | None] = [None] * ctx.count
@@ -251,7 +255,7 @@ class CompiledLoop(torch.autograd.Function):
             *(adjoints.shared[place] for place in sources.shared),
             *(adjoints.batches[step].get(place) for step, place in sources.batches),
         ]
-        return (None, None, *(_once(grad, inputs) for grad in found))
+        return (None, None, *(once(grad, inputs) for grad in found))
 
 
 def _by_step(grad: Tensor) -> Sequence[Tensor]:
@@ -277,8 +281,44 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _once(grad: Tensor | None, inputs: list[Tensor]) -> Tensor | None:
+def once(grad: Tensor | None, inputs: list[Tensor]) -> Tensor | None:
     """Returns a gradient that refuses to be differentiated, where gradients of gradients are recorded."""
     if grad is None or not torch.is_grad_enabled():
         return grad
     return _Once.apply(grad, *inputs)
+
+
+def refuse_transforms(inputs: Any) -> None:
+    """Refuses tensors that belong to a transform of torch.func, or carry tangents."""
+    if _functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    if any(map(_is_transformed, tensors)):
+        raise InputError(
+            compose_message(
+                "a compiled program runs under a transform of torch.func, or in forward mode",
+                None,
+                "Transforms of torch.func trace Python code, and compiled code cannot be traced.",
+                "Use `unroll(..., tasks=True)` for many tasks and `backward()` for gradients, or unroll uncompiled.",
+            )
+        )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    if _functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def refuse_batched(grads: Sequence[Tensor | None]) -> None:
+    """Refuses adjoints of many results at once, as `is_grads_batched` of torch.autograd.grad has them."""
+    if not any(grad is not None and _functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        return refuse_transforms(grads)
+    raise InputError(
+        compose_message(
+            "a compiled loop is differentiated along several directions at once",
+            None,
+            "Its adjoint is compiled code for one, which `is_grads_batched` cannot trace.",
+            "Differentiate once for each direction, or use the functions of `functionalize` uncompiled.",
+        )
+    )

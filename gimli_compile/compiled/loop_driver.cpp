@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include "loop_steps.h"
+#include "loop_replays.h"
 
 namespace {
 
@@ -95,6 +96,7 @@ void append_all(PyObject* list, const Values& values) {
 
 constexpr const char* STEP = "gimli_compile.step";
 constexpr const char* TAPE = "gimli_compile.tape";
+constexpr const char* REPLAY = "gimli_compile.replay";
 
 Loop loop_of(PyObject* steps, PyObject* programs, PyObject* order, PyObject* segment) {
   Loop loop;
@@ -235,6 +237,76 @@ PyObject* contents(PyObject* given) {
   return Py_BuildValue("(NNN)", lists(tape.kept), shared.release(), lists(tape.rest));
 }
 
+// replay(steps, programs, order, segment, record, stacks, carried, shared, given, tasks, cut, parts, made, sources, last,
+//        sums) -> what `play` takes: see `Replay`. Of tensors only the forms matter; `tasks` is 0 if each has its state.
+PyObject* make_replay(PyObject* given) {
+  auto replay = std::make_unique<Replay>();
+  replay->loop = loop_of(item(given, 0), item(given, 1), item(given, 2), item(given, 3));
+  replay->record = integer(item(given, 4)), replay->stacks = integer(item(given, 5));
+  replay->carried = integer(item(given, 6)), replay->shared = integer(item(given, 7));
+  replay->given = forms_of(values(item(given, 8)));
+  const int64_t tasks = integer(item(given, 9));
+  for (size_t index = 0; tasks && index < replay->carried; ++index) {
+    Places sizes = replay->given[index].sizes;
+    sizes.insert(sizes.begin(), tasks);
+    replay->led.push_back(row_major(replay->given[index].dtype, std::move(sizes)));
+  }
+  replay->cut = integer(item(given, 10)), replay->parts = forms_of(values(item(given, 11)));
+  replay->made = places(item(given, 12)), replay->sources = places(item(given, 13));
+  replay->last = forms_of(values(item(given, 14))), replay->sums = forms_of(values(item(given, 15)));
+  return capsule_of(std::move(replay), REPLAY);
+}
+
+// play(replay, given) -> None, if something has another form or a condition does not hold; else (results, kept, tape):
+// what is carried on, then what the steps returned; and the places of what the tape shares with Python.
+PyObject* play(PyObject* given) {
+  const Replay& replay = in_capsule<const Replay>(item(given, 0), REPLAY);
+  bool fits = true;
+  size_t index = 0;
+  const Values all = read_all<Value>(item(given, 1), [&](PyObject* capsule) {
+    void* pointer = PyCapsule_GetPointer(capsule, nullptr);
+    if (!pointer) throw PythonError();
+    static const Form none;
+    const Form& form = index < replay.given.size() ? replay.given[index++] : none;
+    return given_as(static_cast<AtenTensorHandle>(pointer), form, fits);
+  });
+  if (!fits || all.size() != replay.given.size()) Py_RETURN_NONE;
+  auto tape = std::make_unique<Tape>();
+  Outcome outcome;
+  {
+    const WithoutGil released;
+    outcome = run_again(replay, all, *tape);
+  }
+  if (!outcome.held) Py_RETURN_NONE;
+  Object results = list(), kept = list();
+  for (auto place : replay.made) append(results.get(), copy_of(outcome.carried[place]));
+  for (size_t place = 0; place < outcome.returned[0].size(); ++place) {
+    append(results.get(), replay.stacks ? stacked(outcome.returned, place) : copy_of(outcome.returned[0][place]));
+  }
+  outcome = Outcome();
+  for (size_t place = 0; place < all.size(); ++place) {
+    if (all[place].get().block->owners.load() < 2) continue;
+    Object number(PyLong_FromSize_t(place), Py_DecRef);
+    if (!number || PyList_Append(kept.get(), number.get())) throw PythonError();
+  }
+  return Py_BuildValue("(NNN)", results.release(), kept.release(), capsule_of(std::move(tape), TAPE));
+}
+
+// play_back(replay, tape, last, returned) -> the adjoints of what is differentiated, from those of the results
+PyObject* play_back(PyObject* given) {
+  const Replay& replay = in_capsule<const Replay>(item(given, 0), REPLAY);
+  const Tape& tape = in_capsule<const Tape>(item(given, 1), TAPE);
+  const Values last = values(item(given, 2)), returned = values(item(given, 3));
+  Values found;
+  {
+    const WithoutGil released;
+    found = back_again(replay, tape, last, returned);
+  }
+  Object tensors = list();
+  append_all(tensors.get(), found);
+  return tensors.release();
+}
+
 // call(program, inputs, count) -> results: calls one program
 PyObject* call_program(PyObject* given) {
   const auto program = reinterpret_cast<Entry>(integer(item(given, 0)));
@@ -270,6 +342,9 @@ PyMethodDef methods[] = {{"step", guarded<make_step>, METH_VARARGS, "Returns the
                          {"backward", guarded<backward>, METH_VARARGS, "Runs the adjoints of a loop's steps."},
                          {"call", guarded<call_program>, METH_VARARGS, "Calls one program."},
                          {"runtime", guarded<runtime_address>, METH_VARARGS, "Returns where programs get memory from."},
+                         {"replay", guarded<make_replay>, METH_VARARGS, "Returns the tables of a loop for `play`."},
+                         {"play", guarded<play>, METH_VARARGS, "Runs a loop like one that ran before."},
+                         {"play_back", guarded<play_back>, METH_VARARGS, "Runs its adjoints."},
                          {"contents", guarded<contents>, METH_VARARGS, "Returns the tensors of a tape."},
                          {"empty", guarded<empty_pool>, METH_VARARGS, "Gives back to torch what the pool keeps."},
                          {nullptr, nullptr, 0, nullptr}};

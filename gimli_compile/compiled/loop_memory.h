@@ -161,23 +161,29 @@ Value given_value(AtenTensorHandle tensor, bool watched = false) {
   return Value(made);
 }
 
-// A tensor of torch: the one that was given, or a copy.
-AtenTensorHandle torch_tensor(const Handle& value) {
+// A tensor of torch with memory of its own.
+AtenTensorHandle copy_of(const Handle& value) {
   AtenTensorHandle made;
-  if (value.block->given && value.data == value.block->data) {
-    int64_t* sizes;
-    const auto tensor = static_cast<AtenTensorHandle>(value.block->tensor);
-    check(aoti_torch_get_sizes(tensor, &sizes));
-    if (sizes == value.sizes) {
-      check(aoti_torch_new_tensor_handle(tensor, &made));
-      return made;
-    }
-  }
   check(aoti_torch_empty_strided(value.dims, value.sizes, value.strides, value.dtype, aoti_torch_device_type_cpu(), 0, &made));
   void* data;
   check(aoti_torch_get_data_ptr(made, &data));
   std::memcpy(data, value.data, extent(value) * item_size(value.dtype));
   return made;
+}
+
+// A tensor of torch: the one that was given, or a copy.
+AtenTensorHandle torch_tensor(const Handle& value) {
+  if (value.block->given && value.data == value.block->data) {
+    int64_t* sizes;
+    const auto tensor = static_cast<AtenTensorHandle>(value.block->tensor);
+    check(aoti_torch_get_sizes(tensor, &sizes));
+    if (sizes == value.sizes) {
+      AtenTensorHandle made;
+      check(aoti_torch_new_tensor_handle(tensor, &made));
+      return made;
+    }
+  }
+  return copy_of(value);
 }
 
 Value sum_of(const Handle& first, const Handle& second) {

@@ -62,14 +62,20 @@ class NativeLoop:
         """Tells whether the driver can run the adjoints of a loop."""
         return self._have(_BACKWARD) if segment is None else self._have(_BACKWARD, _SAVING)
 
-    def _arguments(self, segment: int | None) -> tuple[Any, ...]:
+    def is_complete(self, segment: int | None, *, record: bool) -> bool:
+        """Tells whether the driver can run all that such a loop takes, there and back."""
+        recomputes = record and segment is not None
+        return self._have(*((_PLAIN,) * (recomputes or not record) + (_SAVING, _BACKWARD) * record))
+
+    def arguments(self, segment: int | None) -> tuple[Any, ...]:
+        """Returns tables, programs, order and segment, as the driver takes them."""
         return self._tables, self._entries, self._order, segment or 0
 
     def run(self, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool]:
         """Runs a loop; returns what it gave, and whether the conditions of all steps held."""
-        given, common, *rest = _capsules([carried, tape.shared, *tape.rest])
+        given, common, *rest = capsules([carried, tape.shared, *tape.rest])
         arguments = (int(record), given, common, rest, int(self._one_base))
-        *found, held, kept = driver().forward(*self._arguments(tape.segment), *arguments)
+        *found, held, kept = driver().forward(*self.arguments(tape.segment), *arguments)
         last, stacked, watched = _tensors(found)
         return Ran(NativeTape(self, tape.segment, kept, watched), last, stacked), held
 
@@ -83,8 +89,8 @@ class NativeLoop:
         final = self.plan[-1]
         adjoints = (final.adjoints_of_carried(last, self.through), final.adjoints_of_shared())
         by_step = [None if grad is None else grad.movedim(-1, 0).contiguous() for grad in stacked]
-        given = _capsules([*adjoints, by_step])
-        found = iter(_tensors([driver().backward(*self._arguments(segment), kept, *given)])[0])
+        given = capsules([*adjoints, by_step])
+        found = iter(_tensors([driver().backward(*self.arguments(segment), kept, *given)])[0])
         carried = list(islice(found, len(self.plan[0].before.slots)))
         shared = list(islice(found, len(adjoints[1])))
         of_steps = self.plan if self._to_batches else ()
@@ -115,7 +121,7 @@ class NativeTape:
 
         The last of these has no elements. It holds the tape, which goes when autograd lets go of what it keeps.
         """
-        return NativeRecord(self.loop, self.segment), [*self.watched, _holder(self.kept)]
+        return NativeRecord(self.loop, self.segment), [*self.watched, holder_of(self.kept)]
 
 
 class _Holder(Tensor):
@@ -124,10 +130,17 @@ class _Holder(Tensor):
     tape: Any
 
 
-def _holder(tape: Any) -> Tensor:
+def holder_of(tape: Any) -> Tensor:
+    """Returns a tensor without elements that holds a tape for as long as autograd keeps it."""
     holder = torch.empty(0).as_subclass(_Holder)
     holder.tape = tape
     return holder
+
+
+def tape_of(holder: Tensor) -> Any:
+    """Returns what a tensor of `holder_of` holds."""
+    assert isinstance(holder, _Holder)
+    return holder.tape
 
 
 @dataclass(frozen=True)
@@ -139,12 +152,10 @@ class NativeRecord:
 
     def backward(self, kept: list[Tensor], last: list[Any], stacked: Sequence[Tensor | None]) -> Adjoints:
         """Runs the adjoints of the steps."""
-        holder = kept[-1]
-        assert isinstance(holder, _Holder)
-        return self.loop.backward(holder.tape, self.segment, last, stacked)
+        return self.loop.backward(tape_of(kept[-1]), self.segment, last, stacked)
 
 
-def _capsules(lists: Sequence[Sequence[Tensor | None]]) -> list[list[Any]]:
+def capsules(lists: Sequence[Sequence[Tensor | None]]) -> list[list[Any]]:
     """Returns lists of tensors as the driver takes them; it owns them from then on."""
     made = iter(_aoti.unsafe_alloc_void_ptrs_from_tensors([one for part in lists for one in part if one is not None]))
     return [[None if one is None else next(made) for one in part] for part in lists]
@@ -166,7 +177,7 @@ def _table(bound: Bound) -> tuple[Any, ...]:
         (*sizes, *results, -1 if bound.held is None else bound.held),
         *(bound.take, bound.carry, bound.returned, halves.residuals, bound.accumulators, bound.seeds),
         *(bound.passed, bound.to_carried, bound.to_shared, bound.to_batch, bound.unused),
-        *_capsules([[bound.zero(place) for place in bound.unused], bound.adjoints_of_returned([None] * len(returned))]),
+        *capsules([[bound.zero(place) for place in bound.unused], bound.adjoints_of_returned([None] * len(returned))]),
     )
 
 

@@ -28,7 +28,8 @@ Tensor = torch.Tensor
 class Run:
     """What a loop runs on: what is carried into it, shared, each step's batch, and each step's draws as they are made.
 
-    `lanes` is the number of tasks, if there are tasks.
+    `lanes` is the number of tasks, if there are tasks. `same` tells which of what is carried, and of what is shared,
+    are one and the same tensor: updates are captured for that.
     """
 
     start: Carried
@@ -40,6 +41,7 @@ class Run:
     lanes: int | None
     segment: int | None
     record: bool
+    same: Any
     draws: list[Draws] = field(default_factory=list)
 
     def rest(self, index: int, step: StepFunction) -> list[Tensor]:

@@ -93,9 +93,9 @@ class StepFunction:
 
     def assemble(self, returned: Sequence[Tensor]) -> Any:
         """Returns the loss, or what a whole train step returns, from the results that are neither state nor `HOLDS`."""
-        slots = [slot for slot in self.results if slot.role not in CARRIED and slot != HOLDS]
         if self.variant.returned is None:
             return returned[0]
+        slots = [slot for slot in self.results if slot.role not in CARRIED and slot != HOLDS]
         return self.variant.returned.assemble(dict(zip(slots, returned, strict=True)))
 
     def __call__(self, *values: Tensor) -> Sequence[Tensor]:

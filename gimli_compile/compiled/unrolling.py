@@ -9,17 +9,21 @@ import torch
 
 from gimli_compile.compiled.backends import BACKENDS
 from gimli_compile.compiled.binding import Around, Carried
+from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import Choice, LoopInputs
 from gimli_compile.compiled.functions import Builder
-from gimli_compile.compiled.inputs import build_state, forms, state_slots, state_values
+from gimli_compile.compiled.inputs import build_state, forms, in_order, state_slots, state_values
 from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward, stacked
 from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.native import NativeLoop
 from gimli_compile.compiled.planning import Planner, Run
+from gimli_compile.compiled.replays import Replay, replay_of
 from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
+from gimli_compile.update_table import partition
 
 Tensor = torch.Tensor
+_REPLAYS = 256  # calls that are remembered
 
 
 class LoopCompiler:
@@ -29,21 +33,55 @@ class LoopCompiler:
         self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
         self._plans: dict[Any, NativeLoop] = {}
+        self._replays: dict[Any, Replay] = {}
         self.has_mixed = mixed is not None
 
-    def unroll(self, state: TrainState, inputs: LoopInputs, *, segment: int | None) -> tuple[TrainState, Any]:
+    def replay(self, call: Call | None) -> tuple[TrainState, Any] | None:
+        """Returns what `unroll` does, if it ran for such a call before, and the driver can run it alone."""
+        known = None if call is None else self._replays.get(call.key)
+        return None if known is None or call is None or not known.fits(call) else known(call.tensors)
+
+    def unroll(
+        self,
+        state: TrainState,
+        inputs: LoopInputs,
+        *,
+        segment: int | None,
+        call: Call | None = None,
+        single: bool = False,
+    ) -> tuple[TrainState, Any]:
         """Returns the last state, and what the steps returned, stacked in the last dimension.
 
-        `segment` is the number of steps from one state that is kept to the next; None keeps all residuals.
+        Args:
+            state: where the loop starts.
+            inputs: what it runs on.
+            segment: the number of steps from one state that is kept to the next; None keeps all residuals.
+            call: what others like it are known by, if they may be replayed.
+            single: there is one step, and what it returned has no dimension for steps.
         """
         run = _prepare(state, inputs, segment)
-        key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), inputs.key())
+        key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), run.same, inputs.key())
         with torch.no_grad():
             ran = self._run(run, inputs, key)
+        if call is not None:
+            self._remember(call, run, inputs, self._plans[key], single=single)
         if run.record:
             ran = _recorded(ran, run)
         last = ran.tape.bound[-1]
-        return build_state(last.after.slots, ran.carried, last.step.skeleton), last.step.assemble(ran.stacked)
+        returned = [value.squeeze(-1) for value in ran.stacked] if single else ran.stacked
+        return build_state(last.after.slots, ran.carried, last.step.skeleton), last.step.assemble(returned)
+
+    def _remember(self, call: Call, run: Run, inputs: LoopInputs, plan: NativeLoop, *, single: bool) -> None:
+        known = self._replays.get(call.key)
+        if known is not None and known.refit(call, plan):
+            return
+        made = replay_of(call, run, inputs, plan, single=single)
+        if made is None:
+            return
+        self._replays.pop(call.key, None)
+        if len(self._replays) == _REPLAYS:
+            del self._replays[next(iter(self._replays))]
+        self._replays[call.key] = made
 
     def _run(self, run: Run, inputs: LoopInputs, key: Any) -> Ran:
         """Runs by the plan that is known; where there is none, or its conditions fail, while making one."""
@@ -77,14 +115,15 @@ def _prepare(state: TrainState, inputs: LoopInputs, segment: int | None) -> Run:
     slots, around = _around(state_slots(state), tuple(common), inputs.batches.slots(), *flags)
     return Run(
         slots,
-        [value.contiguous() for value in carried],
+        list(map(in_order, carried)),
         around,
-        [value.contiguous() for value in values],
-        leaves if inputs.batches.is_uniform else [[leaf.contiguous() for leaf in of_step] for of_step in leaves],
+        list(map(in_order, values)),
+        leaves if inputs.batches.is_uniform else [list(map(in_order, of_step)) for of_step in leaves],
         state.opt_state.skeleton,
         inputs.tasks,
         segment,
         record=any(map(any, flags)),
+        same=(partition(carried), partition(values)),
     )
 
 
