@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -18,31 +19,39 @@ class Watch:
     """
 
     def __init__(self, objects: Iterable[Any]) -> None:
-        self._kept = list(objects)
-        self._tensors = [value for value in self._kept if isinstance(value, torch.Tensor)]
+        kept = list(objects)
+        containers = [value for value in kept if not isinstance(value, torch.Tensor)]
+        self._is_possible = all(map(_is_readable, containers))
+        self._tensors = [value for value in kept if isinstance(value, torch.Tensor)]
         self._flags = [tensor.requires_grad for tensor in self._tensors]
-        readers = [_reader(value) for value in self._kept if not isinstance(value, torch.Tensor)]
-        self._readers = [reader for reader in readers if reader is not None]
-        self._is_possible = len(self._readers) == len(readers)
-        self._held = [list(reader()) for reader in self._readers]
-        self._ids = [list(map(id, held)) for held in self._held]
+        self._owners = [value for value in containers if hasattr(value, "__dict__")]
+        self._attributes = list(map(_attributes_of, self._owners))
+        parts = [part for value in containers for part in _parts_of(value)]
+        self._parts = [*parts, *(attributes.values() for attributes in self._attributes)]
+        self._sizes = list(map(len, self._parts))
+        self._held = list(chain.from_iterable(self._parts))
 
     def holds(self) -> bool:
         """Tells whether nothing changed; False where that cannot be told."""
-        if not self._is_possible:
-            return False
-        for reader, ids in zip(self._readers, self._ids, strict=True):
-            if list(map(id, reader())) != ids:
-                return False
-        return [tensor.requires_grad for tensor in self._tensors] == self._flags
+        return (
+            self._is_possible
+            and all(map(is_, map(_attributes_of, self._owners), self._attributes))
+            and list(map(len, self._parts)) == self._sizes
+            and all(map(is_, chain.from_iterable(self._parts), self._held))
+            and [tensor.requires_grad for tensor in self._tensors] == self._flags
+        )
 
 
-def _reader(container: Any) -> Callable[[], Iterable[Any]] | None:
-    """Returns what reads the contents of a container or the attributes of an object; None if there is no way."""
+_attributes_of = attrgetter("__dict__")
+_SEQUENCES = (list, tuple, deque, set, frozenset)
+
+
+def _is_readable(container: Any) -> bool:
+    return isinstance(container, (dict, *_SEQUENCES)) or hasattr(container, "__dict__")
+
+
+def _parts_of(container: Any) -> tuple[Any, ...]:
+    """Returns what shows the contents of a container, as they are whenever one looks."""
     if isinstance(container, dict):
-        if hasattr(container, "__dict__"):
-            return lambda: chain(container, container.values(), container.__dict__.values())
-        return lambda: chain(container, container.values())
-    if isinstance(container, (list, tuple, deque, set, frozenset)):
-        return container.__iter__
-    return (lambda: container.__dict__.values()) if hasattr(container, "__dict__") else None
+        return container.keys(), container.values()
+    return (container,) if isinstance(container, _SEQUENCES) else ()
