@@ -34,7 +34,15 @@ LOOPS = {
 }
 
 
-REPLAYED = ("adamw", "lookahead", "recomputed", "mixed", "tasks")  # which take no more than the driver
+REPLAYED = (
+    "adamw",
+    "lookahead",
+    "recomputed",
+    "mixed",
+    "tasks",
+    "train step",
+    "held gradients, recomputed",
+)  # which take no more than the driver
 KINDS = {"play": "forward", "play_back": "backward"}  # of what the driver does for calls like an earlier one
 
 

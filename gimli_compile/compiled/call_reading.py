@@ -108,13 +108,13 @@ class CallReader:
 def _open_state(state: Any, tensors: list[Tensor]) -> Any:
     """Adds the tensors of a train state, or of parameters and buffers, to a list; returns what else it is."""
     skeleton: Any = None
-    values: Any = {}
-    if type(state) is TrainState and not state.grads and type(state.opt_state) is OptState:
-        skeleton, values = state.opt_state.skeleton, state.opt_state.values_by_path
-        state = state.params, state.buffers
-    elif type(state) is not tuple:
+    if type(state) is TrainState and type(state.opt_state) is OptState:
+        skeleton = state.opt_state.skeleton
+        parts = (state.params, state.buffers, state.opt_state.values_by_path, state.grads)
+    elif type(state) is tuple:
+        parts = state
+    else:
         raise _OtherKindError
-    parts = (*state, values)
     if any(type(part) is not dict for part in parts):
         raise _OtherKindError
     for part in parts:

@@ -18,12 +18,11 @@ import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import LoopInputs
-from gimli_compile.compiled.inputs import layout
+from gimli_compile.compiled.inputs import build_state, layout
 from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import once, refuse_batched
 from gimli_compile.compiled.native import NativeLoop, capsules, holder_of, tape_of
 from gimli_compile.compiled.planning import Run
-from gimli_compile.slot import HELD
 from gimli_compile.state import OptState, TrainState
 
 Tensor = torch.Tensor
@@ -36,9 +35,6 @@ def replay_of(call: Call, run: Run, inputs: LoopInputs, plan: NativeLoop, *, sin
     """
     batch_is_wanted = any(slot in run.around.wanted for slot in run.around.batch)
     if plan.needs_more or batch_is_wanted or not plan.is_complete(run.segment, record=run.record):
-        return None
-    last = plan.plan[-1]
-    if any(slot.role in HELD for slot in (*run.start.slots, *last.after.slots)):
         return None
     order = _order(call, run)
     if order is None or any(tensor.is_complex() for tensor in (*call.tensors, *run.carried)):
@@ -89,7 +85,7 @@ class Replay:
         wanted = [slot in run.start.active for slot in run.start.slots]
         wanted += [slot in run.around.wanted for slot in run.around.shared]
         self._sources = [place for place, flag in enumerate(wanted) if flag]
-        self._names, self._skeleton = layout(slots), final.step.skeleton
+        self._slots, self._names, self._skeleton = slots, layout(slots), final.step.skeleton
         self._assemble = final.step.assemble
         parts = run.batches[0] if run.batches else []
         adjoints = (final.adjoints_of_carried([None] * len(slots), plan.through), final.adjoints_of_shared())
@@ -129,10 +125,16 @@ class Replay:
             results = _apply(self, results, [*(given[place] for place in found[1]), holder_of(found[2])], given)
         made = iter(results)
         last = [self._passed(given, place) if place in self._through else next(made) for place in range(self._carried)]
-        params, buffers, state, _ = [
-            dict(zip(names, [last[place] for place in places], strict=True)) for names, places in self._names
+        return self._state(last), self._assemble(list(made))
+
+    def _state(self, values: list[Tensor]) -> TrainState:
+        *parts, held = self._names
+        if held[0]:
+            return build_state(self._slots, values, self._skeleton)
+        params, buffers, state = [
+            dict(zip(names, [values[place] for place in places], strict=True)) for names, places in parts
         ]
-        return TrainState(params, buffers, OptState(self._skeleton, state)), self._assemble(list(made))
+        return TrainState(params, buffers, OptState(self._skeleton, state))
 
     def _passed(self, given: list[Tensor], place: int) -> Tensor:
         value = given[self._through[place]]
@@ -176,6 +178,8 @@ class ReplayedLoop(torch.autograd.Function):
         """Runs the adjoints of the steps."""
         refuse_batched(grads)
         *kept, holder = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return (None, None, None, *ctx.replay.backward(tape_of(holder), grads))
         with torch.no_grad():
             found = ctx.replay.backward(tape_of(holder), grads)
         inputs = kept[: len(found)]
