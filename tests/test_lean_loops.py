@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from torch.utils import _pytree as pytree
 
-from gimli_compile.compiled import backends, native
+from gimli_compile.compiled import backends, lean, native
 from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.halves import trace
 from gimli_compile.compiled.lean import give_memory_back, lean_text
@@ -270,20 +271,54 @@ def test_large_products_and_other_types():
     assert_agree([one.double() for one in results], [one.double() for one in function(*inputs)], 1e-5)
 
 
-def test_tanh_is_right_to_the_last_places():
-    """Of every size, on both sides of where its formula changes, and for what is no number."""
-    sizes = torch.cat([torch.logspace(-38, 2, 40001), torch.linspace(0.5, 0.75, 20001), torch.linspace(0, 12, 40001)])
+def around(*sizes: torch.Tensor) -> torch.Tensor:
+    """Returns numbers of both signs, small and large ones, and what is no number."""
     special = torch.tensor([0.0, 1e-45, 3e38, float("inf"), float("nan"), 0.625])
-    x = torch.cat([sizes, special, -sizes, -special])
-    program = compile_with_inductor(trace(lambda a: [a.tanh()], [x]))
-    (found,) = program([x])
+    x = torch.cat([torch.logspace(-38, 2, 40001), special, *sizes])
+    return torch.cat([x, -x])
+
+
+def assert_right(found: torch.Tensor, exact: torch.Tensor, units: float) -> None:
+    """Compares with numbers in float64, in units in the last place of float32."""
+    number = ~exact.isnan()
+    near = exact.float().abs()
+    unit = torch.nextafter(near, torch.tensor(float("inf"))).double() - near.double()
+    finite = near.isfinite()
+    assert ((found.double() - exact).abs() / unit)[finite].max() <= units
+    assert torch.equal(found[number & ~finite], exact.float()[number & ~finite])
+    assert bool(found[~number].isnan().all())
+    assert torch.equal(found[number].signbit(), exact[number].signbit())
+
+
+@pytest.mark.parametrize("bits", [None, 256])
+def test_elementary_functions_are_right_to_the_last_places(bits):
+    """Of every size, on both sides of where a formula changes and of what overflows or underflows."""
+    x = around(torch.linspace(0.5, 0.75, 20001), torch.linspace(0, 12, 40001), torch.linspace(80, 110, 40001))
+    with inductor_config.patch({"cpp.simdlen": bits}):
+        program = compile_with_inductor(trace(lambda a: [a.tanh(), a.exp(), (-a).exp(), a.sigmoid()], [x]))
+        tanh, exp, reciprocal, sigmoid = program([x])
     assert entry_of(program)
-    exact = x.double().tanh()
-    number = ~x.isnan()
-    unit = torch.nextafter(exact.float().abs(), torch.tensor(2.0)).double() - exact.float().abs().double()
-    off = (found.double() - exact)[number].abs() / unit[number]
-    assert off.max() <= 2 and bool(found[~number].isnan().all())
-    assert torch.equal(found[number].signbit(), x[number].signbit())
+    assert_right(tanh, x.double().tanh(), 2)
+    assert_right(exp, x.double().exp(), 1)
+    assert_right(reciprocal, (-x.double()).exp(), 1)
+    normal = ~(x < -87)  # below, where the exponential overflows, torch's formula is zero as well
+    assert_right(sigmoid[normal], x.double().sigmoid()[normal], 3)
+    assert bool((sigmoid[~normal] < 2e-38).all())
+
+
+@pytest.mark.parametrize("bits", [None, 256])
+def test_lean_programs_call_no_library_for_exponentials(bits):
+    """Neither `exp` nor what is made of it, of vectors in float32."""
+    x = torch.randn(1024)
+    texts = []
+    build = lean._LeanCode.build
+    with inductor_config.patch({"cpp.simdlen": bits}), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean._LeanCode, "build", lambda text, *rest: texts.append(text) or build(text, *rest))
+        compile_with_inductor(trace(lambda a: [a.tanh() + a.exp() * a.sigmoid()], [x]))
+    program = next(text for text in texts if "cpp_fused_" in text).split("#define assert_size_stride")[1]
+    assert "gimli::exp(" in program and "gimli::tanh(" in program
+    kernels = program[program.index("cpp_fused_") :]
+    assert ".exp()" not in kernels and ".tanh()" not in kernels
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
