@@ -217,6 +217,7 @@ def matrices(rows, columns, batch=()):
 def sweep():
     """Yields kind, stored sizes and views of left and right, and the size of what is added."""
     sizes = [(16, 32, 64), (5, 16, 64), (16, 64, 5), (1, 7, 1), (3, 1, 40), (17, 9, 33), (40, 10, 1), (1, 20, 18)]
+    sizes += [(37, 50, 1), (3, 90, 1), (80, 300, 20), (20, 400, 80)]  # one column, turned, in parts
     for rows, inner, columns in sizes:
         for left, right in itertools.product(matrices(rows, inner), matrices(inner, columns)):
             yield torch.mm, left, right, None
