@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor import config as inductor_config
 from torch.utils import _pytree as pytree
 
@@ -20,12 +21,19 @@ from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, differen
 
 pytestmark = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
 
+
+def wide(width: int) -> nn.Module:
+    """Returns a model with a square matrix of weights."""
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+
+
 LOOPS = {
     "adamw": CASES["adamw"],
     "lookahead": CASES["lookahead"],
     "meta and batches, tasks": CASES["meta and batches, tasks"],
     "checkpoint 2": CASES["checkpoint 2"],
     "truncate": CASES["truncate"],
+    "a tape beyond the caches": Case(model=lambda: wide(96), tasks=16),
     "train step": CASES["train step"],
     "held gradients, recomputed": Case(train_step=held, options={"checkpoint": "step"}),
 }

@@ -55,6 +55,17 @@ inline auto matrix(const Handle& tensor, int64_t batch, int64_t rows, int64_t co
   return made;
 }
 
+// Whether what is multiplied is likely to have left the caches: the driver says so while it goes back through a long loop.
+inline std::atomic<bool> is_far{false};
+
+// Asks for one matrix of a batch before it is its turn.
+inline void fetch(const Handle& batch, int64_t index) {
+  constexpr int64_t LINE = 64;
+  const int64_t size = item_size(batch.dtype), one = batch.sizes[1] * batch.sizes[2] * size;
+  const char* from = batch.data + index * batch.strides[0] * size;
+  for (int64_t at = 0; at < one; at += LINE) __builtin_prefetch(from + at);
+}
+
 template <typename T>
 void products(const Handle& out, const Handle* added, const Handle& left, const Handle& right) {
   const int32_t d = out.dims;
@@ -75,7 +86,11 @@ void products(const Handle& out, const Handle* added, const Handle& left, const 
 #pragma omp parallel for
     for (int64_t index = 0; index < count * parts; ++index) one(index);
   } else {
-    for (int64_t index = 0; index < count * parts; ++index) one(index);
+    const bool far = is_far.load(std::memory_order_relaxed);
+    for (int64_t index = 0; index < count * parts; ++index) {
+      if (far && index + 1 < count) fetch(left, index + 1), fetch(right, index + 1);
+      one(index);
+    }
   }
 }
 
