@@ -366,3 +366,30 @@ def test_memory_is_given_back_on_request(runs):
     for again, before in zip(CASES["adamw"].run(fast, hyper), first, strict=True):
         assert_agree(again, before, 0)
     assert runs["forward"] == 2
+
+
+def test_a_long_loop_takes_the_memory_of_the_last_one(runs):
+    """Of a tape of more than 32 MiB, nearly nothing is allocated again."""
+    steps, tasks = 80, 8
+    case = Case(model=lambda: wide(96), tasks=tasks)
+    fn = case.functionalized()
+    torch.manual_seed(2)
+    batches = torch.randn(tasks, steps, 5, 4).double(), torch.randint(3, (tasks, steps, 5))
+    fast = fn.compile("inductor")
+
+    def run() -> None:
+        state = fast.init()
+        state.params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
+        last, _ = fast.unroll(state, batches, tasks=True)
+        torch.autograd.grad(last.params["2.weight"].sum(), state.params["2.weight"])
+
+    give_memory_back()
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    assert runs["forward"] == runs["backward"] == 3
+    matrices = tasks * 96 * 96 * 8  # bytes
+    sizes = [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage >= matrices]
+    assert sum(sizes) < 10 * matrices
+    give_memory_back()

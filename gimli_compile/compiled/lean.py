@@ -68,7 +68,7 @@ def driver() -> Any:
 
 
 def give_memory_back() -> None:
-    """Gives the memory back to torch that the pool keeps for the next loop, up to 32 MiB."""
+    """Gives the memory back to torch that the pool keeps for the next loop, up to 64 MiB."""
     if driver.cache_info().currsize:
         driver().empty()
 
