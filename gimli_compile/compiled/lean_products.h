@@ -55,8 +55,8 @@ inline auto matrix(const Handle& tensor, int64_t batch, int64_t rows, int64_t co
   return made;
 }
 
-// Whether what is multiplied is likely to have left the caches: the driver says so while it goes back through a long loop.
-inline std::atomic<bool> is_far{false};
+// How many loops run whose tape leaves the caches, as the driver finds: what they multiply is likely to be far.
+inline std::atomic<int> far_loops{0};
 
 // Asks for one matrix of a batch before it is its turn.
 inline void fetch(const Handle& batch, int64_t index) {
@@ -86,7 +86,7 @@ void products(const Handle& out, const Handle* added, const Handle& left, const 
 #pragma omp parallel for
     for (int64_t index = 0; index < count * parts; ++index) one(index);
   } else {
-    const bool far = is_far.load(std::memory_order_relaxed);
+    const bool far = far_loops.load(std::memory_order_relaxed);
     for (int64_t index = 0; index < count * parts; ++index) {
       if (far && index + 1 < count) fetch(left, index + 1), fetch(right, index + 1);
       one(index);

@@ -113,18 +113,21 @@ bool holds(const Handle& flags) {
 // While there is one of a tape that no cache near the core holds, products ask early for what they multiply.
 class Distance {
  public:
-  ~Distance() { gimli::is_far = before_; }
+  Distance() = default;
+  Distance(const Distance&) = delete;
+  ~Distance() { gimli::far_loops -= far_; }
 
-  // Learns what is kept of one step, and of how many.
+  // Learns, once, what is kept of one step, and of how many.
   void measure(const Values& kept, size_t steps) {
     size_t bytes = 0;
     for (const auto& value : kept) bytes += extent(value) * item_size(value.get().dtype);
-    gimli::is_far = bytes * steps > CLOSE;
+    far_ = bytes * steps > CLOSE;
+    gimli::far_loops += far_;
   }
 
  private:
   static constexpr size_t CLOSE = 4 << 20;
-  const bool before_ = gimli::is_far;
+  bool far_ = false;
 };
 
 // Runs the steps from `first` to `end`; keeps their residuals, or with segments their boundaries, if there is a `kept`.
