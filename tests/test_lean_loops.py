@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch._inductor import config as inductor_config
 from torch.utils import _pytree as pytree
 
-from gimli_compile.compiled import backends, native, replays
+from gimli_compile.compiled import backends, lean, native, replays
 from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.halves import trace
 from gimli_compile.compiled.lean import give_memory_back, lean_text
@@ -19,6 +21,12 @@ from gimli_compile.compiled.unrolling import LoopCompiler
 from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, differentiated, held
 
 pytestmark = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
+
+
+def wide(width: int) -> nn.Module:
+    """Returns a model with a square matrix of weights."""
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+
 
 LOOPS = {
     "adamw": CASES["adamw"],
@@ -29,6 +37,7 @@ LOOPS = {
     "mixed": Case(options={"backward": "mixed"}),
     "tasks": Case(tasks=3, optimizer=adamw),
     "truncate": CASES["truncate"],
+    "a tape beyond the caches": Case(model=lambda: wide(96), tasks=16),
     "train step": CASES["train step"],
     "held gradients, recomputed": Case(train_step=held, options={"checkpoint": "step"}),
 }
@@ -252,6 +261,7 @@ def matrices(rows, columns, batch=()):
 def sweep():
     """Yields kind, stored sizes and views of left and right, and the size of what is added."""
     sizes = [(16, 32, 64), (5, 16, 64), (16, 64, 5), (1, 7, 1), (3, 1, 40), (17, 9, 33), (40, 10, 1), (1, 20, 18)]
+    sizes += [(37, 50, 1), (3, 90, 1), (80, 300, 20), (20, 400, 80)]  # one column, turned, in parts
     for rows, inner, columns in sizes:
         for left, right in itertools.product(matrices(rows, inner), matrices(inner, columns)):
             yield torch.mm, left, right, None
@@ -306,20 +316,54 @@ def test_large_products_and_other_types():
     assert_agree([one.double() for one in results], [one.double() for one in function(*inputs)], 1e-5)
 
 
-def test_tanh_is_right_to_the_last_places():
-    """Of every size, on both sides of where its formula changes, and for what is no number."""
-    sizes = torch.cat([torch.logspace(-38, 2, 40001), torch.linspace(0.5, 0.75, 20001), torch.linspace(0, 12, 40001)])
+def around(*sizes: torch.Tensor) -> torch.Tensor:
+    """Returns numbers of both signs, small and large ones, and what is no number."""
     special = torch.tensor([0.0, 1e-45, 3e38, float("inf"), float("nan"), 0.625])
-    x = torch.cat([sizes, special, -sizes, -special])
-    program = compile_with_inductor(trace(lambda a: [a.tanh()], [x]))
-    (found,) = program([x])
+    x = torch.cat([torch.logspace(-38, 2, 40001), special, *sizes])
+    return torch.cat([x, -x])
+
+
+def assert_right(found: torch.Tensor, exact: torch.Tensor, units: float) -> None:
+    """Compares with numbers in float64, in units in the last place of float32."""
+    number = ~exact.isnan()
+    near = exact.float().abs()
+    unit = torch.nextafter(near, torch.tensor(float("inf"))).double() - near.double()
+    finite = near.isfinite()
+    assert ((found.double() - exact).abs() / unit)[finite].max() <= units
+    assert torch.equal(found[number & ~finite], exact.float()[number & ~finite])
+    assert bool(found[~number].isnan().all())
+    assert torch.equal(found[number].signbit(), exact[number].signbit())
+
+
+@pytest.mark.parametrize("bits", [None, 256])
+def test_elementary_functions_are_right_to_the_last_places(bits):
+    """Of every size, on both sides of where a formula changes and of what overflows or underflows."""
+    x = around(torch.linspace(0.5, 0.75, 20001), torch.linspace(0, 12, 40001), torch.linspace(80, 110, 40001))
+    with inductor_config.patch({"cpp.simdlen": bits}):
+        program = compile_with_inductor(trace(lambda a: [a.tanh(), a.exp(), (-a).exp(), a.sigmoid()], [x]))
+        tanh, exp, reciprocal, sigmoid = program([x])
     assert entry_of(program)
-    exact = x.double().tanh()
-    number = ~x.isnan()
-    unit = torch.nextafter(exact.float().abs(), torch.tensor(2.0)).double() - exact.float().abs().double()
-    off = (found.double() - exact)[number].abs() / unit[number]
-    assert off.max() <= 2 and bool(found[~number].isnan().all())
-    assert torch.equal(found[number].signbit(), x[number].signbit())
+    assert_right(tanh, x.double().tanh(), 2)
+    assert_right(exp, x.double().exp(), 1)
+    assert_right(reciprocal, (-x.double()).exp(), 1)
+    normal = ~(x < -87)  # below, where the exponential overflows, torch's formula is zero as well
+    assert_right(sigmoid[normal], x.double().sigmoid()[normal], 3)
+    assert bool((sigmoid[~normal] < 2e-38).all())
+
+
+@pytest.mark.parametrize("bits", [None, 256])
+def test_lean_programs_call_no_library_for_exponentials(bits):
+    """Neither `exp` nor what is made of it, of vectors in float32."""
+    x = torch.randn(1024)
+    texts = []
+    build = lean._LeanCode.build
+    with inductor_config.patch({"cpp.simdlen": bits}), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean._LeanCode, "build", lambda text, *rest: texts.append(text) or build(text, *rest))
+        compile_with_inductor(trace(lambda a: [a.tanh() + a.exp() * a.sigmoid()], [x]))
+    program = next(text for text in texts if "cpp_fused_" in text).split("#define assert_size_stride")[1]
+    assert "gimli::exp(" in program and "gimli::tanh(" in program
+    kernels = program[program.index("cpp_fused_") :]
+    assert ".exp()" not in kernels and ".tanh()" not in kernels
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -358,3 +402,32 @@ def test_memory_is_given_back_on_request(runs):
     for again, before in zip(CASES["adamw"].run(fast, hyper), first, strict=True):
         assert_agree(again, before, 0)
     assert runs["forward"] == 3
+
+
+def test_a_long_loop_takes_the_memory_of_the_last_one(runs):
+    """Of a tape of more than 32 MiB, nearly nothing is allocated again."""
+    steps, tasks = 80, 8
+    case = Case(model=lambda: wide(96), tasks=tasks)
+    fn = case.functionalized()
+    torch.manual_seed(2)
+    batches = torch.randn(tasks, steps, 5, 4).double(), torch.randint(3, (tasks, steps, 5))
+    fast = fn.compile("inductor")
+
+    def run() -> None:
+        state = fast.init()
+        state.params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
+        last, _ = fast.unroll(state, batches, tasks=True)
+        torch.autograd.grad(last.params["2.weight"].sum(), state.params["2.weight"])
+
+    give_memory_back()
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    assert runs["forward"] == runs["backward"] == 3
+    matrices = tasks * 96 * 96 * 8  # bytes
+    events = profile.events() or []
+    sizes = [event.self_cpu_memory_usage for event in events if event.self_cpu_memory_usage >= matrices]
+    assert events
+    assert sum(sizes) < 10 * matrices
+    give_memory_back()

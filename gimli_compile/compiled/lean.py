@@ -36,7 +36,7 @@ _KNOWN = {
     *(f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")),
 }
 _INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
-_METHOD = re.compile(r"\b(\w+)\.(tanh)\(\)")  # which lean_math.h has a faster function for
+_METHOD = re.compile(r"\b(\w+(?:\.neg\(\))?)\.(exp|tanh)\(\)")  # which lean_math.h has a faster function for
 _VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
 _ATTACH = 'extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }\n'
 
@@ -68,7 +68,7 @@ def driver() -> Any:
 
 
 def give_memory_back() -> None:
-    """Gives the memory back to torch that the pool keeps for the next loop, up to 32 MiB."""
+    """Gives the memory back to torch that the pool keeps for the next loop, up to 64 MiB."""
     if driver.cache_info().currsize:
         driver().empty()
 

@@ -1,10 +1,8 @@
 // Products of small matrices, which lean programs (lean_program.h) call through the driver (loop_driver.cpp).
 
 #include <omp.h>
-#include <torch/csrc/inductor/cpp_prefix.h>
 
-#include <array>
-#include <bit>
+#include "lean_dots.h"
 
 namespace gimli {
 
@@ -12,208 +10,38 @@ constexpr int64_t LARGE = 1 << 25;  // multiplications of two matrices from whic
 constexpr int64_t WIDE = 1 << 17;   // elements of the right matrix up to which it stays in the cache
 constexpr int64_t ALONE = 1 << 19;  // multiplications up to which one thread is enough
 
+// out = left @ right + added; `out` has unit stride along its columns.
 template <typename T>
-struct Matrix {
-  T* data;
-  int64_t rows, columns, row, column;  // sizes, strides
-  Matrix transposed() const { return {data, columns, rows, column, row}; }
-  Matrix some_rows(int64_t first, int64_t end) const { return {data + first * row, end - first, columns, row, column}; }
-};
-
-// out = left @ right + added; `out`, `right` and `added` (if there is any) have unit stride along their columns, or
-// `added` has one column only: then its stride is 0.
-template <typename T>
-struct Job {
-  const Matrix<T>& out;
-  const Matrix<const T>& left;
-  const T* right;
-  int64_t right_row;
-  const Matrix<const T>* added;
-};
-
-// Vectors of elements, without constructors: those of `Vectorized` keep arrays of them out of registers.
-template <typename T>
-struct Lanes {
-  using Vector = at::vec::Vectorized<T>;
-  typedef T Raw __attribute__((vector_size(sizeof(Vector))));
-  static constexpr int64_t width = Vector::size();
-#if defined(CPU_CAPABILITY_AVX512)
-  using Mask = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
-  static Mask first(int64_t count) { return (1u << count) - 1; }
-  static Raw load(const T* from, Mask mask) {
-    if constexpr (sizeof(T) == 4) return (Raw)_mm512_maskz_loadu_ps(mask, from);
-    else return (Raw)_mm512_maskz_loadu_pd(mask, from);
-  }
-#else
-  using Mask = int64_t;
-  static Mask first(int64_t count) { return count; }
-  static Raw load(const T* from, Mask count) {
-    return count == width ? load(from) : std::bit_cast<Raw>(Vector::loadu(from, count));
-  }
-#endif
-  static Raw load(const T* from) { return std::bit_cast<Raw>(Vector::loadu(from)); }
-  static Raw all(T value) { return std::bit_cast<Raw>(Vector(value)); }
-  static Raw fmadd(Raw first, Raw second, Raw third) {
-    return std::bit_cast<Raw>(at::vec::fmadd(of(first), of(second), of(third)));
-  }
-  static Vector of(Raw raw) { return std::bit_cast<Vector>(raw); }
-};
-
-// Some rows and vectors of columns of a job; the last vector has `last` elements. All loops over `i` are unrolled.
-template <typename T, int Rows, int Vectors>
-void tile(const Job<T>& job, int64_t row, int64_t column, int64_t last) {
-  using L = Lanes<T>;
-  using Raw = typename L::Raw;
-  constexpr int64_t width = L::width;
-  constexpr int count = Rows * Vectors;
-  const auto mask = L::first(last);
-  auto loaded = [&](const T* from, int v) {
-    return v == Vectors - 1 ? L::load(from + v * width, mask) : L::load(from + v * width);
-  };
-  Raw sums[count];
-  if (job.added) {
-    const int64_t next = job.added->row, along = job.added->column;
-    const T* from = job.added->data + row * next + column * along;
-#pragma GCC unroll 32
-    for (int i = 0; i < count; ++i) {
-      const T* line = from + i / Vectors * next;
-      sums[i] = along ? loaded(line, i % Vectors) : L::all(*line);
-    }
-  } else {
-#pragma GCC unroll 32
-    for (int i = 0; i < count; ++i) sums[i] = Raw{};
-  }
-  const int64_t left_row = job.left.row, left_column = job.left.column, right_row = job.right_row;
-  const T *left = job.left.data + row * left_row, *right = job.right + column;
-  for (int64_t k = job.left.columns; k > 0; --k) {
-    Raw parts[Vectors];
-#pragma GCC unroll 32
-    for (int i = 0; i < Vectors; ++i) parts[i] = loaded(right, i);
-#pragma GCC unroll 32
-    for (int i = 0; i < count; ++i) sums[i] = L::fmadd(L::all(left[i / Vectors * left_row]), parts[i % Vectors], sums[i]);
-    left += left_column;
-    right += right_row;
-  }
-  const int64_t out_row = job.out.row;
-  T* to = job.out.data + row * out_row + column;
-#pragma GCC unroll 32
-  for (int i = 0; i < count; ++i) {
-    T* line = to + i / Vectors * out_row + i % Vectors * width;
-    if (i % Vectors == Vectors - 1 && last != width) L::of(sums[i]).store(line, last);
-    else L::of(sums[i]).store(line);
-  }
+void of_columns(const Matrix<T>& out, const Matrix<const T>& left, const Matrix<const T>& right, const Matrix<const T>* added) {
+  if (right.column == 1 || right.columns == 1) return in_parts(Job<T>{out, left, right.data, right.row, added});
+  T* packed = space_for<T, 0>(right.rows * right.columns);
+  pack(right, packed, right.columns);
+  in_parts(Job<T>{out, left, packed, right.columns, added});
 }
 
+// Whether turning the product, whose rows are then the vectors, saves more than turning the result takes.
 template <typename T>
-using Tile = void (*)(const Job<T>&, int64_t, int64_t, int64_t);
-
-constexpr int REGISTERS = sizeof(at::vec::Vectorized<float>) == 64 ? 32 : 16;
-
-// The tiles of 1, 2 ... rows: their sums, one line of vectors and a factor are in registers.
-template <typename T, int Vectors>
-constexpr auto tiles = []<int... Row>(std::integer_sequence<int, Row...>) {
-  return std::array<Tile<T>, sizeof...(Row)>{tile<T, Row + 1, Vectors>...};
-}(std::make_integer_sequence<int, std::min(8, (REGISTERS - Vectors - 1) / Vectors)>{});
-
-template <typename T, int Vectors>
-void panel(const Job<T>& job, int64_t column, int64_t last) {
-  const auto& kernels = tiles<T, Vectors>;
-  const int64_t rows = job.out.rows, most = kernels.size();
-  int64_t parts = (rows + most - 1) / most;  // of about equal size
-  for (int64_t row = 0; parts > 0; --parts) {
-    const int64_t count = (rows - row + parts - 1) / parts;
-    kernels[count - 1](job, row, column, last);
-    row += count;
-  }
-}
-
-template <typename T>
-void row_major(const Job<T>& job) {
-  constexpr int64_t width = at::vec::Vectorized<T>::size();
-  int64_t left = (job.out.columns + width - 1) / width;  // vectors
-  for (int64_t column = 0; left > 0;) {
-    const int64_t now = left == 4 ? 2 : std::min<int64_t>(left, 3);
-    left -= now;
-    const int64_t last = left ? width : job.out.columns - column - (now - 1) * width;
-    if (now == 3) panel<T, 3>(job, column, last);
-    else if (now == 2) panel<T, 2>(job, column, last);
-    else panel<T, 1>(job, column, last);
-    column += now * width;
-  }
-}
-
-// to[c][r] = from[r][c] of a block of up to a vector of rows and columns.
-template <typename T>
-inline void turn(const T* from, int64_t from_row, T* to, int64_t to_row, int rows, int columns) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) {
-    const auto inner = Lanes<T>::first(columns), outer = Lanes<T>::first(rows);
-    __m512 a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_ps(inner, from + i * from_row) : _mm512_setzero_ps();
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {  // pairs of rows
-      b[i] = i % 2 ? _mm512_unpackhi_ps(a[i - 1], a[i]) : _mm512_unpacklo_ps(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {  // four rows: the columns i % 4, 4 + i % 4 ... in four lanes
-      const auto one = _mm512_castps_pd(b[i / 4 * 4 + i % 4 / 2]), other = _mm512_castps_pd(b[i / 4 * 4 + i % 4 / 2 + 2]);
-      a[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(one, other) : _mm512_unpacklo_pd(one, other));
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {  // eight rows: lanes 0 and 2, or 1 and 3
-      const auto one = a[i / 8 * 8 + i % 4], other = a[i / 8 * 8 + i % 4 + 4];
-      b[i] = i % 8 < 4 ? _mm512_shuffle_f32x4(one, other, 0x88) : _mm512_shuffle_f32x4(one, other, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {  // all rows of one column
-      const auto one = b[i % 8], other = b[i % 8 + 8];
-      const auto line = i < 8 ? _mm512_shuffle_f32x4(one, other, 0x88) : _mm512_shuffle_f32x4(one, other, 0xdd);
-      if (i < columns) _mm512_mask_storeu_ps(to + i * to_row, outer, line);
-    }
-    return;
-  }
-#endif
-  if constexpr (std::is_same_v<T, float> && Lanes<T>::width == 8) {
-    if (rows == 8 && columns == 8) return at::vec::transpose_mxn<T, 8, 8>(from, from_row, to, to_row);
-  }
-  for (int c = 0; c < columns; ++c) {
-    for (int r = 0; r < rows; ++r) to[c * to_row + r] = from[r * from_row + c];
-  }
-}
-
-// Copies a matrix, so that it has unit stride along its columns.
-template <typename T>
-void pack(const Matrix<const T>& from, T* to) {
-  constexpr int64_t width = Lanes<T>::width;
-  for (int64_t row = 0; from.row == 1 && row < from.rows; row += width) {
-    for (int64_t column = 0; column < from.columns; column += width) {
-      turn(from.data + row + column * from.column, from.column, to + row * from.columns + column, from.columns,
-           static_cast<int>(std::min(width, from.columns - column)), static_cast<int>(std::min(width, from.rows - row)));
-    }
-  }
-  for (int64_t row = 0; from.row != 1 && row < from.rows; ++row) {
-    const T* line = from.data + row * from.row;
-    for (int64_t column = 0; column < from.columns; ++column) to[row * from.columns + column] = line[column * from.column];
-  }
+bool is_better_turned(const Matrix<T>& out, const Matrix<const T>& left) {
+  constexpr int64_t width = Lanes<T>::width, DEEP = 64, SMALL = 1 << 14;
+  auto vectors = [](int64_t count) { return (count + width - 1) / width; };
+  const int64_t now = out.rows * vectors(out.columns), then = out.columns * vectors(out.rows);
+  return left.row == 1 && left.column != 1 && left.columns >= DEEP && out.rows * out.columns <= SMALL && 5 * then < 4 * now;
 }
 
 // out = left @ right + added; `out` has unit stride along its columns, or along its rows.
 template <typename T>
-void product(Matrix<T> out, Matrix<const T> left, Matrix<const T> right, const Matrix<const T>* added) {
-  Matrix<const T> turned;
+void product(const Matrix<T>& out, const Matrix<const T>& left, const Matrix<const T>& right, const Matrix<const T>* added) {
+  if (is_dotted(out, left)) return one_column(out, left, right, added);
   if (out.columns == 1 && out.row == 1 && out.rows > 1 && (!added || added->row <= 1)) {  // vectors run along the rows
-    out = out.transposed();
-    std::swap(left, right);
-    left = left.transposed(), right = right.transposed();
-    if (added) turned = added->transposed(), added = &turned;
+    const auto turned = added ? added->transposed() : Matrix<const T>{};
+    return of_columns<T>(out.transposed(), right.transposed(), left.transposed(), added ? &turned : nullptr);
   }
-  if (right.column == 1 || right.columns == 1) return row_major(Job<T>{out, left, right.data, right.row, added});
-  thread_local std::vector<T> space;
-  const size_t needed = right.rows * right.columns;
-  if (space.size() < needed) space.resize(needed);
-  pack(right, space.data());
-  row_major(Job<T>{out, left, space.data(), right.columns, added});
+  if (!added && is_better_turned(out, left)) {
+    T* turned = space_for<T, 1>(out.rows * out.columns);
+    of_columns<T>({turned, out.columns, out.rows, out.rows, 1}, right.transposed(), left.transposed(), nullptr);
+    return pack<T>({turned, out.rows, out.columns, 1, out.rows}, out.data, out.row);
+  }
+  of_columns(out, left, right, added);
 }
 
 template <typename T, bool Constant>
@@ -225,6 +53,17 @@ inline auto matrix(const Handle& tensor, int64_t batch, int64_t rows, int64_t co
   if (d == 3) made.data += batch * stride(0);
   if (!Constant && columns == 1) made.column = 1;  // there is only one
   return made;
+}
+
+// How many loops run whose tape leaves the caches, as the driver finds: what they multiply is likely to be far.
+inline std::atomic<int> far_loops{0};
+
+// Asks for one matrix of a batch before it is its turn.
+inline void fetch(const Handle& batch, int64_t index) {
+  constexpr int64_t LINE = 64;
+  const int64_t size = item_size(batch.dtype), one = batch.sizes[1] * batch.sizes[2] * size;
+  const char* from = batch.data + index * batch.strides[0] * size;
+  for (int64_t at = 0; at < one; at += LINE) __builtin_prefetch(from + at);
 }
 
 template <typename T>
@@ -247,7 +86,11 @@ void products(const Handle& out, const Handle* added, const Handle& left, const 
 #pragma omp parallel for
     for (int64_t index = 0; index < count * parts; ++index) one(index);
   } else {
-    for (int64_t index = 0; index < count * parts; ++index) one(index);
+    const bool far = far_loops.load(std::memory_order_relaxed);
+    for (int64_t index = 0; index < count * parts; ++index) {
+      if (far && index + 1 < count) fetch(left, index + 1), fetch(right, index + 1);
+      one(index);
+    }
   }
 }
 

@@ -77,7 +77,7 @@ class Pool {
 
  private:
   static constexpr size_t KINDS = 96, FINE = 64, UNIT = 64;  // multiples of 64 bytes to 4 KiB; then 4 for each doubling
-  static constexpr size_t LIMIT = 32 << 20;                  // bytes that are kept
+  static constexpr size_t LIMIT = 64 << 20;                  // bytes that are kept
 
   struct Lock {
     explicit Lock(std::atomic_flag& busy) : busy_(busy) {

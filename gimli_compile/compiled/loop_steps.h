@@ -110,12 +110,33 @@ bool holds(const Handle& flags) {
   return std::find(begin, end, 0) == end;
 }
 
+// While there is one of a tape that no cache near the core holds, products ask early for what they multiply.
+class Distance {
+ public:
+  Distance() = default;
+  Distance(const Distance&) = delete;
+  ~Distance() { gimli::far_loops -= far_; }
+
+  // Learns, once, what is kept of one step, and of how many.
+  void measure(const Values& kept, size_t steps) {
+    size_t bytes = 0;
+    for (const auto& value : kept) bytes += extent(value) * item_size(value.get().dtype);
+    far_ = bytes * steps > CLOSE;
+    gimli::far_loops += far_;
+  }
+
+ private:
+  static constexpr size_t CLOSE = 4 << 20;
+  bool far_ = false;
+};
+
 // Runs the steps from `first` to `end`; keeps their residuals, or with segments their boundaries, if there is a `kept`.
 // With `again`, nothing but the residuals is asked for: where those of the last step are its inputs, it does not run.
 Outcome run_steps(const Loop& loop, size_t first, size_t end, const Values& start, const Values& shared,
                   const std::vector<Values>& rest, std::vector<Values>* kept, bool boundaries, bool again = false) {
   Outcome outcome;
   outcome.carried = share(start);
+  Distance distance;
   const bool saves = kept && !boundaries;
   for (size_t index = first; index < end; ++index) {
     const Step& step = loop.step(index);
@@ -131,7 +152,10 @@ Outcome run_steps(const Loop& loop, size_t first, size_t end, const Values& star
     const auto& programs = loop.at(index);
     Values found = saves ? call(programs.saving, std::move(inputs), step.saved)
                          : call(programs.plain, std::move(inputs), step.values);
-    if (saves) kept->push_back(residuals_of(step, pool, found));
+    if (saves) {
+      kept->push_back(residuals_of(step, pool, found));
+      if (index == first) distance.measure(kept->back(), end - first);
+    }
     Values carried = carried_on(step, pool, found);
     Values returned;
     for (auto place : step.returned) returned.push_back(found[place].share());
@@ -188,6 +212,8 @@ void step_back(const Step& step, Entry backward, Values residuals, const Values&
 }
 
 void run_back(const Loop& loop, const Tape& tape, const Values& returned, Adjoints& adjoints) {
+  Distance distance;
+  if (!tape.kept.empty()) distance.measure(tape.kept.back(), tape.kept.size());
   const int64_t steps = loop.order.size();
   std::vector<Values> recomputed;
   for (int64_t index = steps - 1; index >= 0; --index) {
