@@ -15,7 +15,7 @@ from torch._inductor.codecache import CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import VecISA
 
 from gimli_compile.compiled import lean
-from gimli_compile.compiled.backends import compile_with_inductor
+from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.cpp_builds import Pending
 from gimli_compile.compiled.halves import trace
 
@@ -142,7 +142,7 @@ def test_a_long_lean_program_is_not_optimized_where_it_calls_kernels(monkeypatch
         inputs = [x, *[weight] * count]
         program = compile_with_inductor(trace(chain, inputs))
         torch.testing.assert_close(program([value.clone() for value in inputs])[0], chain(*inputs)[0])
-        assert program.entry
+        assert entry_of(program)
         (text,) = (text for text in texts if "gimli_program(" in text and "PYBIND11_MODULE" not in text)
         begin, end = text.index("gimli_program("), text.index("} // inductor_entry_impl")
         assert (end - begin > 100_000) == is_long
