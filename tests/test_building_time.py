@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import fx
+from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen import common
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._inductor.scheduler import Scheduler
 
-from gimli_compile.compiled import backends
+from gimli_compile.compiled import backends, fusion_memory
 from gimli_compile.compiled.backends import compile_with_inductor, run_in_python
 from gimli_compile.compiled.dtype_rules import dtype_rules_made_once
 from gimli_compile.compiled.functions import Builder, CompiledFunction
@@ -57,6 +58,36 @@ def test_rules_of_types_are_made_once(monkeypatch):
     compile_with_inductor(trace(with_one_number, inputs(3)))
     assert len(made) == 1
     assert vars(common)["DtypePropagationOpsHandler"] is DtypePropagationOpsHandler
+
+
+@needs_compiler
+def test_memory_of_fusions_is_what_inductor_says_and_asked_where_it_counts(monkeypatch):
+    """Two products, of which each loop reads one last, could share memory; what they are multiplied by is one number."""
+    general, choose, found, asked = fusion_memory._general, InductorChoices.can_fuse, [], []
+    assert general is not None
+
+    def compare(scheduler, *nodes):
+        found.append(scheduler.can_fusion_increase_peak_memory(*nodes[:2]))
+        assert found[-1] == general(scheduler, *nodes[:2])
+        return choose(scheduler, *nodes)
+
+    def count(*given):
+        asked.append(given)
+        return general(*given)
+
+    monkeypatch.setattr(InductorChoices, "can_fuse", staticmethod(compare))
+    monkeypatch.setattr(fusion_memory, "_general", count)
+
+    def products(number, first, second, *tensors):
+        return [(first @ first) * number, (second @ second) * number, *with_one_number(number, *tensors)]
+
+    square = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+    given = [torch.tensor(2.0), square, square.T.contiguous(), *inputs(5)[1:]]
+    program = compile_with_inductor(trace(products, given))
+    for one, expected in zip(program([value.clone() for value in given]), products(*given), strict=True):
+        torch.testing.assert_close(one, expected)
+    assert True in found and 0 < len(asked) < len(found)
+    assert Scheduler.can_fusion_increase_peak_memory is general
 
 
 def test_inductor_without_such_rules_is_left_alone(monkeypatch):

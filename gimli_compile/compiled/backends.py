@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gimli_compile.compiled.affine_strides import affine_strides
 from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, built_beside
 from gimli_compile.compiled.dtype_rules import dtype_rules_made_once
+from gimli_compile.compiled.fusion_memory import memory_asked_where_shared
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
 from gimli_compile.compiled.small_values import compute_small_values_first
 from gimli_compile.compiled.torchscript import script
@@ -116,7 +117,10 @@ def _compiled(module: fx.GraphModule) -> Executable:
     lean = lean_programs() if native else nullcontext()
     settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
     settings["max_fusion_buffer_group_pairwise_attempts"] = _NEIGHBOURS
-    with inductor_config.patch(settings), torch.no_grad(), affine_strides(), dtype_rules_made_once(), lean:
+    quick = affine_strides(), dtype_rules_made_once(), memory_asked_where_shared()
+    with inductor_config.patch(settings), torch.no_grad(), lean, ExitStack() as stack:
+        for one in quick:
+            stack.enter_context(one)
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call) if native else call
