@@ -14,7 +14,8 @@ import torch
 from torch._inductor.codecache import CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import VecISA
 
-from gimli_compile.compiled.backends import compile_with_inductor
+from gimli_compile.compiled import lean
+from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.cpp_builds import Pending
 from gimli_compile.compiled.halves import trace
 
@@ -119,6 +120,35 @@ def test_what_calls_many_kernels_is_not_optimized(monkeypatch):
         assert (end - begin > 100_000) == is_long
         assert ('optimize("O0")' in texts[-1]) == is_long
         assert "optimize" not in texts[-1][begin:]
+
+
+def test_a_long_lean_program_is_not_optimized_where_it_calls_kernels(monkeypatch):
+    """It took the C++ compiler nine tenths of its time for a transformer of 8 blocks."""
+    texts = []
+    build = lean._LeanCode.build
+
+    def record(text, submit=None):
+        texts.append(text)
+        return build(text, submit)
+
+    def chain(x, *weights):
+        for weight in weights:
+            x = torch.tanh(x @ weight)
+        return [x]
+
+    x, weight = torch.randn(3, 4), torch.randn(4, 4)
+    monkeypatch.setattr(lean._LeanCode, "build", record)
+    for count, is_long in ((2, False), (200, True)):
+        inputs = [x, *[weight] * count]
+        program = compile_with_inductor(trace(chain, inputs))
+        torch.testing.assert_close(program([value.clone() for value in inputs])[0], chain(*inputs)[0])
+        assert entry_of(program)
+        (text,) = (text for text in texts if "gimli_program(" in text and "PYBIND11_MODULE" not in text)
+        begin, end = text.index("gimli_program("), text.index("} // inductor_entry_impl")
+        assert (end - begin > 100_000) == is_long
+        assert ('optimize("O0")' in text[:begin].rpartition("}")[2]) == is_long
+        assert text.count("optimize(") == is_long
+        texts.clear()
 
 
 def test_inductor_is_left_as_it_was():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gimli_compile.compiled.affine_strides import affine_strides
 from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, built_beside
+from gimli_compile.compiled.dtype_rules import dtype_rules_made_once
+from gimli_compile.compiled.fusion_memory import memory_asked_where_shared
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
 from gimli_compile.compiled.small_values import compute_small_values_first
 from gimli_compile.compiled.torchscript import script
@@ -30,6 +32,7 @@ Tensor = torch.Tensor
 Executable = Callable[[list[Tensor]], Sequence[Tensor]]
 Backend = Callable[[fx.GraphModule], Executable]
 _ALONE = 32768  # elements of a loop for each thread: what starting and waiting for threads is worth
+_NEIGHBOURS = 8  # of the loops that use one value, how many each is tried to be fused with: a number is used by all
 # What the Python around a library's function uses where all it does is to pass tensors on.
 _PASSING_ON = {
     *("torch", "isinstance", "Tensor", "tensor", "_C", "_aoti", "clear"),
@@ -113,7 +116,11 @@ def _compiled(module: fx.GraphModule) -> Executable:
     native = all(fake.device.type == "cpu" for fake in fakes)
     lean = lean_programs() if native else nullcontext()
     settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
-    with inductor_config.patch(settings), torch.no_grad(), affine_strides(), lean:
+    settings["max_fusion_buffer_group_pairwise_attempts"] = _NEIGHBOURS
+    quick = affine_strides(), dtype_rules_made_once(), memory_asked_where_shared()
+    with inductor_config.patch(settings), torch.no_grad(), lean, ExitStack() as stack:
+        for one in quick:
+            stack.enter_context(one)
         compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call) if native else call

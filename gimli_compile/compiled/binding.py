@@ -191,7 +191,7 @@ def bind(step: StepFunction, before: Carried, around: Around, pool: Sequence[Ten
     compiled = build(take, wanted, summed)
     result = dict(zip(step.results, compiled.halves.places, strict=True))
     place = {**place_of, **{slot: len(slots) + index for slot, index in result.items() if slot.role in CARRIED}}
-    after = _slots_after(before.slots, step)
+    after = slots_after(before.slots, step)
     active = {slot for slot, index in result.items() if slot.role in CARRIED and index in compiled.halves.active}
     passed = {slot for slot in after if slot not in result and slot in before.active}
     return Bound(
@@ -208,7 +208,7 @@ def bind(step: StepFunction, before: Carried, around: Around, pool: Sequence[Ten
     )
 
 
-def _slots_after(before: Sequence[Slot], step: StepFunction) -> tuple[Slot, ...]:
+def slots_after(before: Sequence[Slot], step: StepFunction) -> tuple[Slot, ...]:
     """Returns what a step carries on: parameters and buffers as before, the state and gradients that it makes."""
     made = (Role.STATE, *HELD)  # the step makes all that there is of these
     stay = [slot for slot in before if slot.role not in made]

@@ -59,10 +59,13 @@ def quick_to_build(text: str) -> str:
 
     The kernels are optimized as ever. They are what takes the time when the program runs.
     """
+    return text.replace(_BEGIN, f"{as_written(text)}{_BEGIN}", 1)
+
+
+def as_written(text: str) -> str:
+    """Returns what to write before the function that calls the kernels of a program; nothing if it is short."""
     begin, end = text.find(_BEGIN), text.find(_END)
-    if begin < 0 or end - begin < _LONG:
-        return text
-    return f"{text[:begin]}{_AS_WRITTEN}{text[begin:]}"
+    return _AS_WRITTEN if 0 <= begin < end - _LONG else ""
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""A function compiled: its results, its results with residuals, and its adjoint, each built when first needed."""
+"""A function compiled: its results, its results with residuals, and its adjoint, each built when first needed.
+
+Graphs write themselves as Python when they first run, and not after each change.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from gimli_compile.collecting import rare_collections
 from gimli_compile.compiled.backends import Backend, Executable, entry_of
@@ -27,6 +31,7 @@ class Builder:
     verify: bool
 
     @rare_collections()
+    @_use_lazy_graph_module(True)
     def __call__(self, module: fx.GraphModule, what: str) -> Executable:
         """Builds one; with `verify`, it compares itself with the graph in its first call."""
         module = with_reshapes(module)
@@ -37,6 +42,7 @@ class CompiledFunction:
     """A pure function of tensors, compiled for inputs of one form, with the adjoints of some of them."""
 
     @rare_collections()
+    @_use_lazy_graph_module(True)
     def __init__(
         self,
         function: Function,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -160,7 +161,7 @@ def with_contiguous_results(function: Function, examples: Sequence[Tensor]) -> f
     if isinstance(function, fx.GraphModule) and all(node.meta["val"].is_contiguous() for node in outputs(function)):
         graph = fx.Graph()
         graph.output(graph.graph_copy(function.graph, {}))
-        return fx.GraphModule(function, graph)
+        return _make_graph_module(function, graph)
     return trace(contiguous(function), examples)
 
 

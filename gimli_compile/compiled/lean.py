@@ -22,7 +22,7 @@ from unittest import mock
 from torch._inductor.codecache import CppCodeCache, CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-from gimli_compile.compiled.cpp_builds import quick_to_build
+from gimli_compile.compiled.cpp_builds import as_written, quick_to_build
 
 _BEGIN, _END = "void inductor_entry_impl(", "} // inductor_entry_impl"
 _HEADER = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n"
@@ -127,7 +127,8 @@ def lean_text(text: str) -> str | None:
         return None
     if _RELEASE not in text:
         return None
-    program = text.replace(_HEADER, "", 1).replace(_RELEASE, "", 1).replace(_BEGIN, 'extern "C" void gimli_program(', 1)
+    start = f'extern "C" {as_written(text)}void gimli_program('
+    program = text.replace(_HEADER, "", 1).replace(_RELEASE, "", 1).replace(_BEGIN, start, 1)
     program = _METHOD.sub(r"gimli::\2(\1)", program)
     headers = (_KERNELS, *map(_text, ("lean_runtime.h", "lean_program.h", "lean_math.h")))
     return "".join((*headers, program, _ATTACH))

@@ -50,11 +50,13 @@ _SUMMED = (torch.float32, torch.float64)  # what the driver adds up over tasks
 
 
 def _order(call: Call, run: Run) -> list[Tensor | int] | None:
-    """Returns where what the driver takes is among the tensors of a call, or what it is; None if that is not clear."""
-    count, batches = len(run.carried), call.batches
-    if call.state != count:
-        return None
-    found: list[Tensor | int] = list(range(count))
+    """Returns where what the driver takes is among the tensors of a call, or what it is; None if that is not clear.
+
+    A loop may begin with more state than the call has (`beginnings.py`), the same in every such call.
+    """
+    count, batches = call.state, call.batches
+    added = [value[0] if call.leads else value for value in run.carried[count:]]
+    found: list[Tensor | int] = [*range(count), *added]
     after = count + batches
     places = {id(tensor): place for place, tensor in enumerate(call.tensors[after:], after)}
     for value in run.shared:
@@ -82,9 +84,8 @@ class Replay:
         made = [place for place in range(len(slots)) if place not in plan.through]
         self._count, self._carried = len(made), len(slots)
         self._still = [index for index, place in enumerate(made) if slots[place] not in final.after.active]
-        wanted = [slot in run.start.active for slot in run.start.slots]
-        wanted += [slot in run.around.wanted for slot in run.around.shared]
-        self._sources = [place for place, flag in enumerate(wanted) if flag]
+        flags = call.flags if run.record else (False,) * len(call.tensors)
+        self._sources = [place for place, origin in enumerate(order) if isinstance(origin, int) and flags[origin]]
         self._slots, self._names, self._skeleton = slots, layout(slots), final.step.skeleton
         self._assemble = final.step.assemble
         parts = run.batches[0] if run.batches else []

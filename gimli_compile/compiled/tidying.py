@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx._lazy_graph_module import _make_graph_module
 
 aten = torch.ops.aten
 _NAMES = (aten.alias.default, aten.detach.default)
@@ -39,7 +40,7 @@ def with_reshapes(module: fx.GraphModule) -> fx.GraphModule:
 
 def computed_once(module: fx.GraphModule) -> fx.GraphModule:
     """Computes equal calls once; the graph writes to nothing."""
-    return fx.GraphModule(module, fx_graph_cse(module.graph))
+    return _make_graph_module(module, fx_graph_cse(module.graph))
 
 
 def without_zeros(module: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gimli_compile.compiled.backends import BACKENDS
+from gimli_compile.compiled.beginnings import Beginning, find_beginning
 from gimli_compile.compiled.binding import Around, Carried
 from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import Choice, LoopInputs
@@ -32,7 +33,7 @@ class LoopCompiler:
     def __init__(self, choice: Choice, backend: str, *, verify: bool, mixed: MixedSteps | None = None) -> None:
         self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
-        self._plans: dict[Any, NativeLoop] = {}
+        self._plans: dict[Any, tuple[NativeLoop, Beginning | None]] = {}
         self._replays: dict[Any, Replay] = {}
         self.has_mixed = mixed is not None
 
@@ -62,9 +63,9 @@ class LoopCompiler:
         run = _prepare(state, inputs, segment)
         key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), run.same, inputs.key())
         with torch.no_grad():
-            ran = self._run(run, inputs, key)
+            run, ran = self._run(run, inputs, key)
         if call is not None:
-            self._remember(call, run, inputs, self._plans[key], single=single)
+            self._remember(call, run, inputs, self._plans[key][0], single=single)
         if run.record:
             ran = _recorded(ran, run)
         last = ran.tape.bound[-1]
@@ -83,21 +84,28 @@ class LoopCompiler:
             del self._replays[next(iter(self._replays))]
         self._replays[call.key] = made
 
-    def _run(self, run: Run, inputs: LoopInputs, key: Any) -> Ran:
-        """Runs by the plan that is known; where there is none, or its conditions fail, while making one."""
-        plan = self._plans.get(key)
+    def _run(self, given: Run, inputs: LoopInputs, key: Any) -> tuple[Run, Ran]:
+        """Runs by the plan that is known; where there is none, or its conditions fail, while making one.
+
+        Returns also the loop that ran: what was given, or that from the state of a `Beginning`.
+        """
+        plan, beginning = self._plans.get(key, (None, None))
         if plan is not None:
+            run = given if beginning is None else beginning.of(given)
             rest = run.batches
             if plan.needs_more:
                 rest = [run.rest(index, bound.step) for index, bound in enumerate(plan.plan)]
             tape = Tape(plan.plan, run.shared, rest, run.segment, through=plan.through)
             ran, held = _run_by(plan, tape, run)
             if held:
-                return ran
+                return run, ran
+        beginning = find_beginning(given, inputs, self._choice)
+        run = given if beginning is None else beginning.of(given)
         tape, carried, returned = self._planner.run(run, inputs, self._choice)
-        plan = self._plans[key] = NativeLoop(tape.bound, one_base=inputs.batches.is_uniform)
+        plan = NativeLoop(tape.bound, one_base=inputs.batches.is_uniform)
+        self._plans[key] = plan, beginning
         tape.through = plan.through
-        return Ran(tape, carried, stacked(returned))
+        return run, Ran(tape, carried, stacked(returned))
 
 
 def _run_by(plan: NativeLoop, tape: Tape, run: Run) -> tuple[Ran, bool]:
