@@ -49,6 +49,7 @@ REPLAYED = (
     "recomputed",
     "mixed",
     "tasks",
+    "a tape beyond the caches",
     "train step",
     "held gradients, recomputed",
 )  # which take no more than the driver
@@ -429,5 +430,5 @@ def test_a_long_loop_takes_the_memory_of_the_last_one(runs):
     events = profile.events() or []
     sizes = [event.self_cpu_memory_usage for event in events if event.self_cpu_memory_usage >= matrices]
     assert events
-    assert sum(sizes) < 10 * matrices
+    assert sum(sizes) < 20 * matrices  # results, their adjoints, copies for each task; the tape has one for each step
     give_memory_back()
