@@ -112,8 +112,9 @@ def test_the_driver_gives_what_the_loop_in_python_gives(name, runs, way, monkeyp
     assert runs["backward"] == 2 and runs["forward"] == 2 * loops
     assert runs["played"] == (way == "replayed" and name in REPLAYED)
     same = in_python(monkeypatch, lambda: case.run(fast, hyper))
+    tolerance = 1e-13 if case.tasks and runs["played"] else 0  # tasks are added up in another order
     for one, other, live in zip(found, same, expected, strict=True):
-        assert_agree(one, other, 0)
+        assert_agree(one, other, tolerance)
         assert_agree(one, live, 1e-10)
 
 
