@@ -81,9 +81,11 @@ def form(value: torch.Tensor) -> Any:
 def tree_form(tree: Any) -> Any:
     """Returns the structure of a pytree, the forms of its tensors, and everything else in it."""
     leaves, structure = pytree.tree_flatten(tree)
-    kept = tuple(form(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), _static(leaf)) for leaf in leaves)
-    return structure, kept
+    return structure, tuple(form(leaf) if isinstance(leaf, torch.Tensor) else fixed_form(leaf) for leaf in leaves)
 
 
-def _static(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (bool, int, float, complex, str, type(None), *_OPTIONS)) else id(leaf)
+def fixed_form(leaf: Any) -> Any:
+    """Returns what tells a value that is part of a program from others; 0.0 and -0.0 are two, and NaN is one."""
+    if isinstance(leaf, (float, complex)):
+        return type(leaf), repr(leaf)
+    return type(leaf), leaf if isinstance(leaf, (bool, int, str, type(None), *_OPTIONS)) else id(leaf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -197,6 +198,28 @@ def test_meta_that_is_a_number_or_a_tensor(played):
                     found.append([losses, *torch.autograd.grad(last.params["layer.bias"].sum(), leaves)])
                 compare(*found)
     assert played["played"] >= 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_sign_of_a_zero_counts(compiled):
+    """A number of the batch or of meta is part of the program: 0.0 and -0.0 are equal, and two numbers."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+
+    def signed(model, batch, meta):
+        return model(batch[0]).sum() * math.copysign(1.0, batch[1]) * math.copysign(2.0, meta)
+
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), signed)
+    fn = fn.compile("inductor") if compiled else fn
+    x = torch.ones(1, 3, dtype=torch.float64)
+    expected = model(x).sum().item() * 2
+    for _ in range(3):
+        for first in (0.0, -0.0):
+            for second in (-0.0, 0.0):
+                sign = math.copysign(1.0, first) * math.copysign(1.0, second)
+                assert fn.loss(fn.init(), (x, first), second).item() == pytest.approx(sign * expected, rel=1e-12)
+                loss = fn.unroll(fn.init(), [(x, first)], meta=second)[1]
+                assert loss[0].item() == pytest.approx(sign * expected, rel=1e-12)
 
 
 def test_one_tensor_for_two_inputs(played):

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from gimli_compile.compiled.inputs import in_order
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.slot import Role, Slot
-from gimli_compile.tree_slots import form, tree_slots
+from gimli_compile.tree_slots import fixed_form, form, tree_slots
 from gimli_compile.unrolling import split_batches
 
 Tensor = torch.Tensor
@@ -74,7 +74,7 @@ def _slots_of(structure: pytree.TreeSpec) -> tuple[Slot, ...]:
 
 
 def _form_of(leaves: Sequence[Any], structure: pytree.TreeSpec) -> Any:
-    return structure, tuple(form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+    return structure, tuple(form(leaf) if isinstance(leaf, Tensor) else fixed_form(leaf) for leaf in leaves)
 
 
 def _cut(batches: Any, dim: int) -> list[Flat]:

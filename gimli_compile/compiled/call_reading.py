@@ -18,6 +18,7 @@ from gimli_compile.loss_table import Asked
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.state import Hyperparameters, OptState, TrainState
+from gimli_compile.tree_slots import fixed_form
 
 Tensor = torch.Tensor
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -145,5 +146,5 @@ def _open(tree: Any, tensors: list[Tensor]) -> Any:
     if kind is dict:
         return (kind, tuple(tree), *[_open(item, tensors) for item in tree.values()])
     if kind in _NUMBERS:
-        return kind, tree
+        return fixed_form(tree)
     raise _OtherKindError
