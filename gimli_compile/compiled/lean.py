@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -38,6 +39,10 @@ _KNOWN = {
 _INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
 _METHOD = re.compile(r"\b(\w+)\.(tanh)\(\)")  # which lean_math.h has a faster function for
 _VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
+# torch 2.11 compiles every text for the CPU's vector instructions; later versions where they are asked for.
+_ISA: dict[str, Any] = (
+    {"needs_vec_isa": True} if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters else {}
+)
 _ATTACH = 'extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }\n'
 
 
@@ -53,7 +58,7 @@ class _LeanCode(CppCodeCache):
     @classmethod
     def build(cls, text: str, submit: Any = None) -> Callable[[], ctypes.CDLL]:
         """Returns a function that waits for the library of a text; `submit` runs the compiler meanwhile."""
-        return cls.load_async(text, "cpu", submit, needs_vec_isa=True)
+        return cls.load_async(text, "cpu", submit, **_ISA)
 
 
 @functools.cache
