@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import torch
 from torch._inductor.codecache import CppCodeCache, CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from gimli_compile.compiled.cpp_builds import quick_to_build
+from gimli_compile.compiled.layout_checks import define_check, with_checks
 
 _BEGIN, _END = "void inductor_entry_impl(", "} // inductor_entry_impl"
 _HEADER = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n"
@@ -32,7 +34,8 @@ _RELEASE = "py::gil_scoped_release_simple release;"  # the driver does that once
 # What the text may call, besides kernels of its own and the names of its variables.
 _KNOWN = {
     *("inductor_entry_impl", "steal_from_raw_handles_to_raii_handles", "move", "reset", "release", "data_ptr"),
-    *("assert_size_stride", "reinterpret_tensor_wrapper", "wrap_with_raii_handle_if_needed", "RAIIAtenTensorHandle"),
+    *("assert_size_stride", "check_layout"),
+    *("reinterpret_tensor_wrapper", "wrap_with_raii_handle_if_needed", "RAIIAtenTensorHandle"),
     *("AOTI_TORCH_ERROR_CODE_CHECK", "aoti_torch_empty_strided", "aoti_torch_new_tensor_handle"),
     *(f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")),
 }
@@ -99,19 +102,20 @@ class LeanProgram:
 
 
 @contextmanager
-def lean_programs() -> Iterator[None]:
+def lean_programs(inputs: Sequence[torch.Tensor]) -> Iterator[None]:
     """Within this, programs that Inductor writes for the CPU are lean where their text and the compiler allow.
 
-    The compiler has to know vector instructions, which the products are made of.
+    They refuse what has other sizes or strides than `inputs`. The compiler has to know vector instructions, which the
+    products are made of.
     """
     build = CppWrapperCodeCache.load_pybinding_async
 
     def load(*args: Any, submit_fn: Any = None, **options: Any) -> Callable[[], Any]:
-        text, count = options.get("main_code", ""), options.get("num_outputs", -1)
+        text, count = with_checks(options.get("main_code", ""), inputs), options.get("num_outputs", -1)
         fits = not args and options.get("kernel_code") is None and bool(pick_vec_isa())
         lean = lean_text(text) if fits else None
         if lean is None:
-            known = {"main_code": quick_to_build(text)} if text else {}
+            known = {"main_code": quick_to_build(define_check(text))} if text else {}
             return build(*args, submit_fn=submit_fn, **options | known)
         if submit_fn is not None and not driver.cache_info().currsize:
             _LeanCode.build(_text("loop_driver.cpp"), submit_fn)
