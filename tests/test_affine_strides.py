@@ -4,13 +4,13 @@ import pytest
 import sympy
 import torch
 from torch._inductor.codegen import cpp
-from torch._inductor.sizevars import stride_at_vec_range
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from gimli_compile.compiled import affine_strides
 from gimli_compile.compiled.backends import compile_with_inductor
 from gimli_compile.compiled.halves import trace
 
+stride_at_vec_range = vars(cpp)["stride_at_vec_range"]  # defined in another module from torch 2.13 on
 X, Y, SIZE = sympy.symbols("d0 d1 s0", integer=True, nonnegative=True)
 INDICES = {
     "affine": (X + 64 * Y + 3, False),

@@ -114,7 +114,7 @@ def _compiled(module: fx.GraphModule) -> Executable:
     output = next(iter(lowered.graph.find_nodes(op="output")))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
     native = all(fake.device.type == "cpu" for fake in fakes)
-    lean = lean_programs() if native else nullcontext()
+    lean = lean_programs(fakes) if native else nullcontext()
     settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
     settings["max_fusion_buffer_group_pairwise_attempts"] = _NEIGHBOURS
     quick = affine_strides(), dtype_rules_made_once(), memory_asked_where_shared()

@@ -15,14 +15,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import torch
 from torch._inductor.codecache import CppCodeCache, CppWrapperCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from gimli_compile.compiled.cpp_builds import as_written, quick_to_build
+from gimli_compile.compiled.layout_checks import define_check, with_checks
 
 _BEGIN, _END = "void inductor_entry_impl(", "} // inductor_entry_impl"
 _HEADER = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n"
@@ -31,13 +34,18 @@ _RELEASE = "py::gil_scoped_release_simple release;"  # the driver does that once
 # What the text may call, besides kernels of its own and the names of its variables.
 _KNOWN = {
     *("inductor_entry_impl", "steal_from_raw_handles_to_raii_handles", "move", "reset", "release", "data_ptr"),
-    *("assert_size_stride", "reinterpret_tensor_wrapper", "wrap_with_raii_handle_if_needed", "RAIIAtenTensorHandle"),
+    *("assert_size_stride", "check_layout"),
+    *("reinterpret_tensor_wrapper", "wrap_with_raii_handle_if_needed", "RAIIAtenTensorHandle"),
     *("AOTI_TORCH_ERROR_CODE_CHECK", "aoti_torch_empty_strided", "aoti_torch_new_tensor_handle"),
     *(f"aoti_torch_cpu_{name}_out" for name in ("mm", "addmm", "bmm", "baddbmm")),
 }
 _INCLUDE = re.compile(r'#include "(\w+\.h)"\n')
 _METHOD = re.compile(r"\b(\w+(?:\.neg\(\))?)\.(exp|tanh)\(\)")  # which lean_math.h has a faster function for
 _VARIABLE = re.compile(r"(buf|arg|primals|tangents|var|tmp|cpp_fused)_?\w*")
+# torch 2.11 compiles every text for the CPU's vector instructions; later versions where they are asked for.
+_ISA: dict[str, Any] = (
+    {"needs_vec_isa": True} if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters else {}
+)
 _ATTACH = 'extern "C" void gimli_attach(const gimli::Runtime* given) { gimli::runtime = given; }\n'
 
 
@@ -53,7 +61,7 @@ class _LeanCode(CppCodeCache):
     @classmethod
     def build(cls, text: str, submit: Any = None) -> Callable[[], ctypes.CDLL]:
         """Returns a function that waits for the library of a text; `submit` runs the compiler meanwhile."""
-        return cls.load_async(text, "cpu", submit, needs_vec_isa=True)
+        return cls.load_async(text, "cpu", submit, **_ISA)
 
 
 @functools.cache
@@ -94,19 +102,20 @@ class LeanProgram:
 
 
 @contextmanager
-def lean_programs() -> Iterator[None]:
+def lean_programs(inputs: Sequence[torch.Tensor]) -> Iterator[None]:
     """Within this, programs that Inductor writes for the CPU are lean where their text and the compiler allow.
 
-    The compiler has to know vector instructions, which the products are made of.
+    They refuse what has other sizes or strides than `inputs`. The compiler has to know vector instructions, which the
+    products are made of.
     """
     build = CppWrapperCodeCache.load_pybinding_async
 
     def load(*args: Any, submit_fn: Any = None, **options: Any) -> Callable[[], Any]:
-        text, count = options.get("main_code", ""), options.get("num_outputs", -1)
+        text, count = with_checks(options.get("main_code", ""), inputs), options.get("num_outputs", -1)
         fits = not args and options.get("kernel_code") is None and bool(pick_vec_isa())
         lean = lean_text(text) if fits else None
         if lean is None:
-            known = {"main_code": quick_to_build(text)} if text else {}
+            known = {"main_code": quick_to_build(define_check(text))} if text else {}
             return build(*args, submit_fn=submit_fn, **options | known)
         if submit_fn is not None and not driver.cache_info().currsize:
             _LeanCode.build(_text("loop_driver.cpp"), submit_fn)

@@ -1,7 +1,5 @@
 // Elementary functions of vectors, in place of methods that are slow or calls of a library: see lean.py.
 
-#include <bit>
-
 namespace gimli {
 
 template <typename V>
@@ -24,8 +22,8 @@ inline at::vec::Vectorized<float> scaled(const at::vec::Vectorized<float>& value
 #else
   using V = at::vec::Vectorized<float>;
   typedef int32_t Bits __attribute__((vector_size(sizeof(V))));
-  const Bits power = std::bit_cast<Bits>(shifted) - 0x4b400000, half = power >> 1;  // either half has an exponent
-  return value * std::bit_cast<V>((half + 127) << 23) * std::bit_cast<V>((power - half + 127) << 23);
+  const Bits power = bit_cast<Bits>(shifted) - 0x4b400000, half = power >> 1;  // either half has an exponent
+  return value * bit_cast<V>((half + 127) << 23) * bit_cast<V>((power - half + 127) << 23);
 #endif
 }
 

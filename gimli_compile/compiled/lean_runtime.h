@@ -44,6 +44,12 @@ struct Runtime {
   int32_t (*multiply)(const Product& job);
 };
 
+// std::bit_cast, which programs have from C++20 on: torch 2.11 compiles them as C++17.
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  return __builtin_bit_cast(To, from);
+}
+
 inline int64_t item_size(int32_t dtype) {
   constexpr int8_t sizes[] = {1, 1, 2, 4, 8, 2, 4, 8, 4, 8, 16, 1, 1, 1, 4, 2};  // by the number of torch's ScalarType
   if (dtype < 0 || dtype > 15) throw std::runtime_error("a compiled loop does not know the size of this dtype");

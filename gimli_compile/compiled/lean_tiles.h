@@ -3,7 +3,7 @@
 #include <torch/csrc/inductor/cpp_prefix.h>
 
 #include <array>
-#include <bit>
+#include <utility>
 
 namespace gimli {
 
@@ -44,15 +44,15 @@ struct Lanes {
   using Mask = int64_t;
   static Mask first(int64_t count) { return count; }
   static Raw load(const T* from, Mask count) {
-    return count == width ? load(from) : std::bit_cast<Raw>(Vector::loadu(from, count));
+    return count == width ? load(from) : bit_cast<Raw>(Vector::loadu(from, count));
   }
 #endif
-  static Raw load(const T* from) { return std::bit_cast<Raw>(Vector::loadu(from)); }
-  static Raw all(T value) { return std::bit_cast<Raw>(Vector(value)); }
+  static Raw load(const T* from) { return bit_cast<Raw>(Vector::loadu(from)); }
+  static Raw all(T value) { return bit_cast<Raw>(Vector(value)); }
   static Raw fmadd(Raw first, Raw second, Raw third) {
-    return std::bit_cast<Raw>(at::vec::fmadd(of(first), of(second), of(third)));
+    return bit_cast<Raw>(at::vec::fmadd(of(first), of(second), of(third)));
   }
-  static Vector of(Raw raw) { return std::bit_cast<Vector>(raw); }
+  static Vector of(Raw raw) { return bit_cast<Vector>(raw); }
 };
 
 // Some rows and vectors of columns of a job; the last vector has `last` elements. All loops over `i` are unrolled.
@@ -105,11 +105,15 @@ using Tile = void (*)(const Job<T>&, int64_t, int64_t, int64_t);
 
 constexpr int REGISTERS = sizeof(at::vec::Vectorized<float>) == 64 ? 32 : 16;
 
+template <typename T, int Vectors, int... Row>
+constexpr std::array<Tile<T>, sizeof...(Row)> tiles_of(std::integer_sequence<int, Row...>) {
+  return {tile<T, Row + 1, Vectors>...};
+}
+
 // The tiles of 1, 2 ... rows: their sums, one line of vectors and a factor are in registers.
 template <typename T, int Vectors>
-constexpr auto tiles = []<int... Row>(std::integer_sequence<int, Row...>) {
-  return std::array<Tile<T>, sizeof...(Row)>{tile<T, Row + 1, Vectors>...};
-}(std::make_integer_sequence<int, std::min(8, (REGISTERS - Vectors - 1) / Vectors)>{});
+constexpr auto tiles =
+    tiles_of<T, Vectors>(std::make_integer_sequence<int, std::min(8, (REGISTERS - Vectors - 1) / Vectors)>{});
 
 template <typename T, int Vectors>
 void panel(const Job<T>& job, int64_t column, int64_t last) {

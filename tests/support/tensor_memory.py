@@ -12,7 +12,9 @@ import torch
 def peak_growth(action: Callable[[], Any]) -> int:
     """Returns by how many bytes the tensors alive while `action` runs outgrow those alive before it, at most."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # There is one cycle of events; torch 2.11 warns that it drops those of earlier ones, unless it keeps them.
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         kept = action()
     del kept
     results: Any = profile.profiler
