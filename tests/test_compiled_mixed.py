@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 
 import gimli_compile as gimli
 from gimli_compile.compiled import backends, functions
-from tests.test_lean_loops import in_python, runs
+from tests.test_lean_loops import in_python, runs, way
 
-__all__ = ["runs"]  # a fixture
+__all__ = ["runs", "way"]  # fixtures
 
 needs_compiler = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
 PLAIN = CASES["mlp"]
