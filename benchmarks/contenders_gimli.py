@@ -35,9 +35,9 @@ def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | N
     buffers, opt_state = fn.init().buffers, fn.init().opt_state
     template = fn.hyperparameters()
     tasks = problem.workload.tasks is not None
+    start, numbers = problem.variables(only=wanted)
 
     def run() -> dict[str, Any]:
-        start, numbers = problem.variables(only=wanted)
         state = gimli.TrainState(start, buffers, opt_state)
         hyper = _with_numbers(template, numbers)
         try:

@@ -92,9 +92,9 @@ def _steps_first(batches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def by_hand(problem: Problem) -> Run:
     """The optimizer copied by hand, and `autograd.grad` with `create_graph`: what one writes without a library."""
     tasks = problem.task_batches()
+    start, hyper = problem.variables(only=("params", *problem.workload.wanted))  # inner gradients need leaves
 
     def run() -> dict[str, Any]:
-        start, hyper = problem.variables(only=("params", *problem.workload.wanted))  # inner gradients need leaves
         losses = [_loss_of_task(problem, (start, hyper), batches, held_out) for batches, held_out in tasks]
         return gradients(torch.stack(losses).mean(), wanted_groups(problem, start, hyper))
 
@@ -205,9 +205,9 @@ def compile_autograd(problem: Problem) -> Run:
 
     compiled = torch.compile(loss, fullgraph=True)
     tasks = problem.task_batches()
+    start, hyper = problem.variables(only=("params", *problem.workload.wanted))
 
     def run() -> dict[str, Any]:
-        start, hyper = problem.variables(only=("params", *problem.workload.wanted))
         losses = [compiled(start, hyper, batches, held_out) for batches, held_out in tasks]
         return gradients(torch.stack(losses).mean(), wanted_groups(problem, start, hyper))
 
@@ -228,9 +228,9 @@ def compile_step(problem: Problem) -> Run:
     outer = problem.loss_at if tasks is None else torch.func.vmap(problem.loss_at)
     batches = problem.steps_of(problem.batches if tasks is None else _steps_first(problem.batches))
     counts = [torch.tensor(float(count), dtype=torch.float64) for count in range(1, len(batches) + 1)]
+    start, hyper = problem.variables()
 
     def run() -> dict[str, Any]:
-        start, hyper = problem.variables()
         params, state = start, first_state(problem.workload.rule, ops, start)
         if tasks is not None:
             params, state = torch.utils._pytree.tree_map(lambda p: p.expand(tasks, *p.shape), (params, state))

@@ -35,7 +35,7 @@ from gimli_compile.hyper_values import HyperReader
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.kept_attributes import keep_attributes
 from gimli_compile.lazy_modules import initialize_lazy_modules
-from gimli_compile.loop_options import LoopOptions
+from gimli_compile.loop_options import LoopOptions, loop_options
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import Asked, LossTable
@@ -300,7 +300,7 @@ class Functional:
             InputError: no steps, leading dimensions that differ, or an option that does not exist or fit.
         """
         check_loss_given(self.loss_fn, self.train_step)
-        options = LoopOptions(backward, checkpoint, order, truncate, tasks, implicit, memory)
+        options = loop_options(backward, checkpoint, order, truncate, tasks, implicit, memory)
         call, replayed = replay(self._compiler, state, batches, hyper, meta, options)
         if replayed is not None:
             self.last_plan = None

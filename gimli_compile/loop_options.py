@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.implicit_mode import Implicit
@@ -66,3 +68,14 @@ class LoopOptions:
                     "Leave `checkpoint` out.",
                 )
             )
+
+
+def loop_options(*given: Any) -> LoopOptions:
+    """Returns `LoopOptions(*given)`, checked once for all calls that give the same."""
+    try:
+        return _checked(*given)
+    except TypeError:  # what cannot be hashed
+        return LoopOptions(*given)
+
+
+_checked = lru_cache(maxsize=64, typed=True)(LoopOptions)

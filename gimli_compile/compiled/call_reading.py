@@ -5,8 +5,9 @@ What is not of the plainest kinds (dicts, lists and tuples of tensors) is not re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch._C._functorch as _functorch
@@ -22,6 +23,7 @@ from gimli_compile.tree_slots import fixed_form
 
 Tensor = torch.Tensor
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_is_differentiated = attrgetter("requires_grad")
 _NUMBERS = frozenset((bool, int, float, type(None)))
 
 
@@ -29,8 +31,7 @@ class _OtherKindError(Exception):
     """An argument is of a kind that is not read here."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call that was read.
 
     `tensors` are those of the state, of the batches, of everything else; `state` and `batches` count the first two.
@@ -95,13 +96,14 @@ class CallReader:
         if not _TENSORS.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
             return None
         # Except in batches, one tensor in two places is another thing than two tensors.
-        single = tensors[:of_state] + tensors[of_state + of_batches :]
-        if len(set(map(id, single))) < len(single):
-            return None
-        flags = tuple([tensor.requires_grad for tensor in tensors]) if torch.is_grad_enabled() else ()
+        if len(set(map(id, tensors))) < len(tensors):
+            single = tensors[:of_state] + tensors[of_state + of_batches :]
+            if len(set(map(id, single))) < len(single):
+                return None
+        flags = tuple(map(_is_differentiated, tensors)) if torch.is_grad_enabled() else ()
         model = self._model
         model.refresh()
-        trained = tuple([param.requires_grad for param in model.params.values()])
+        trained = tuple(map(_is_differentiated, model.params.values()))
         key = (options, *keys, flags, trained)
         return Call(key, (live, model.params, model.options), tensors, of_state, of_batches, flags, leads, self)
 
@@ -116,9 +118,9 @@ def _open_state(state: Any, tensors: list[Tensor]) -> Any:
         parts = state
     else:
         raise _OtherKindError
-    if any(type(part) is not dict for part in parts):
-        raise _OtherKindError
     for part in parts:
+        if type(part) is not dict:
+            raise _OtherKindError
         tensors += part.values()
     return (skeleton, *map(tuple, parts))
 
@@ -128,11 +130,7 @@ def _open_hyper(hyper: Any, tensors: list[Tensor]) -> Any:
         return None
     if type(hyper) is not Hyperparameters:
         raise _OtherKindError
-    count = len(tensors)
-    key = _open([hyper.groups, hyper.attributes, hyper.modules], tensors)
-    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in tensors[count:]):
-        raise _OtherKindError
-    return key
+    return _open([hyper.groups, hyper.attributes, hyper.modules], tensors)
 
 
 def _open(tree: Any, tensors: list[Tensor]) -> Any:
@@ -142,9 +140,16 @@ def _open(tree: Any, tensors: list[Tensor]) -> Any:
         tensors.append(tree)
         return Tensor
     if kind is tuple or kind is list:
-        return (kind, *[_open(item, tensors) for item in tree])
+        return (kind, *_open_all(tree, tensors))
     if kind is dict:
-        return (kind, tuple(tree), *[_open(item, tensors) for item in tree.values()])
+        return (kind, tuple(tree), *_open_all(tree.values(), tensors))
     if kind in _NUMBERS:
         return fixed_form(tree)
     raise _OtherKindError
+
+
+def _open_all(items: Collection[Any], tensors: list[Tensor]) -> Sequence[Any]:
+    if _TENSORS.issuperset(map(type, items)):
+        tensors += items
+        return (len(items),)
+    return [_open(item, tensors) for item in items]

@@ -312,7 +312,10 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 def refuse_batched(grads: Sequence[Tensor | None]) -> None:
     """Refuses adjoints of many results at once, as `is_grads_batched` of torch.autograd.grad has them."""
-    if not any(grad is not None and _functorch.is_legacy_batchedtensor(grad) for grad in grads):
+    for grad in grads:
+        if grad is not None and _functorch.is_legacy_batchedtensor(grad):
+            break
+    else:
         return refuse_transforms(grads)
     raise InputError(
         compose_message(

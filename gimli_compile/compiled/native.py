@@ -130,9 +130,12 @@ class _Holder(Tensor):
     tape: Any
 
 
+_EMPTY = torch.empty(0)
+
+
 def holder_of(tape: Any) -> Tensor:
     """Returns a tensor without elements that holds a tape for as long as autograd keeps it."""
-    holder = torch.empty(0).as_subclass(_Holder)
+    holder = _EMPTY.as_subclass(_Holder)
     holder.tape = tape
     return holder
 

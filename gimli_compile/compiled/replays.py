@@ -7,8 +7,7 @@ the forms that the tensors had, and where each of them goes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from operator import is_, itemgetter
 from typing import Any, cast
 
@@ -66,6 +65,10 @@ def _order(call: Call, run: Run) -> list[Tensor | int] | None:
     return [*found, *range(count, count + batches)]
 
 
+def _picking(places: list[int]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    return itemgetter(*places) if len(places) > 1 else lambda tensors: [tensors[place] for place in places]
+
+
 class Replay:
     """A loop that ran, as tables for others like it."""
 
@@ -78,19 +81,21 @@ class Replay:
         self._record, self._single = run.record, single
         self._more = [value for value in order if isinstance(value, Tensor)]
         more = iter(range(len(call.tensors), len(call.tensors) + len(self._more)))
-        self._pick = itemgetter(*(place if isinstance(place, int) else next(more) for place in order), 0)
+        self._pick = _picking([place if isinstance(place, int) else next(more) for place in order])
         self._tasks = run.lanes if call.leads else None
         self._through, slots = plan.through, final.after.slots
         made = [place for place in range(len(slots)) if place not in plan.through]
         self._count, self._carried = len(made), len(slots)
+        kinds = [final.compiled.halves.results[place] for place in final.returned]
         self._still = [index for index, place in enumerate(made) if slots[place] not in final.after.active]
+        self._still += [self._count + i for i, kind in enumerate(kinds) if not kind.is_floating_point()]
         flags = call.flags if run.record else (False,) * len(call.tensors)
         self._sources = [place for place, origin in enumerate(order) if isinstance(origin, int) and flags[origin]]
         self._slots, self._names, self._skeleton = slots, layout(slots), final.step.skeleton
         self._assemble = final.step.assemble
         parts = run.batches[0] if run.batches else []
         adjoints = (final.adjoints_of_carried([None] * len(slots), plan.through), final.adjoints_of_shared())
-        given, parts, *adjoints = capsules([self._picked(call.tensors), parts, *adjoints])
+        given, parts, *adjoints = capsules([self._pick([*call.tensors, *self._more]), parts, *adjoints])
         self._native = driver().replay(
             *plan.arguments(run.segment),
             *(int(run.record), int(not single), len(run.carried), len(run.shared)),
@@ -109,16 +114,16 @@ class Replay:
         self.token = call.token
         return True
 
-    def _picked(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(map(Tensor.contiguous, self._pick([*tensors, *self._more])[:-1]))
-
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[TrainState, Any] | None:
         """Runs the loop on the tensors of a call; returns nothing where it has to run in another way."""
         # Hooks on saved tensors see those of the loop in Python.
         if self._record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
-        given = self._picked(tensors)
+        given = list(self._pick([*tensors, *self._more]))
         found = driver().play(self._native, _aoti.unsafe_alloc_void_ptrs_from_tensors(given))
+        if found is None and not all(map(Tensor.is_contiguous, given)):
+            given = list(map(Tensor.contiguous, given))
+            found = driver().play(self._native, _aoti.unsafe_alloc_void_ptrs_from_tensors(given))
         if found is None:
             return None
         results: Sequence[Tensor] = _aoti.alloc_tensors_by_stealing_from_void_ptrs(found[0])
@@ -137,7 +142,7 @@ class Replay:
         ]
         return TrainState(params, buffers, OptState(self._skeleton, state))
 
-    def _passed(self, given: list[Tensor], place: int) -> Tensor:
+    def _passed(self, given: Sequence[Tensor], place: int) -> Tensor:
         value = given[self._through[place]]
         return value if self._tasks is None else value.expand(self._tasks, *value.shape)
 
@@ -147,16 +152,20 @@ class Replay:
 
     def still(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Returns the results that do not depend on what is differentiated."""
-        rest = (value for value in islice(results, self._count, None) if not value.is_floating_point())
-        return [*(results[index] for index in self._still), *rest]
+        return [results[index] for index in self._still]
 
-    def backward(self, tape: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def backward(self, tape: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Returns the adjoints of what is differentiated, from those of the results."""
-        last = [None if grad is None else grad.contiguous() for grad in grads[: self._count]]
-        returned = [None if grad is None else self._by_step(grad) for grad in grads[self._count :]]
-        found = driver().play_back(self._native, tape, *capsules([last, returned]))
-        made = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in found if one is not None]))
-        return [None if one is None else next(made) for one in found]
+        last, returned = grads[: self._count], grads[self._count :]
+        given = [grad.contiguous() for grad in last if grad is not None]
+        given += [self._by_step(grad) for grad in returned if grad is not None]
+        made = iter(_aoti.unsafe_alloc_void_ptrs_from_tensors(given))
+        capsules_of = [None if grad is None else next(made) for grad in grads]
+        found = driver().play_back(self._native, tape, capsules_of[: self._count], capsules_of[self._count :])
+        if None not in found:
+            return _aoti.alloc_tensors_by_stealing_from_void_ptrs(found)
+        tensors = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in found if one is not None]))
+        return [None if one is None else next(tensors) for one in found]
 
     def _by_step(self, grad: Tensor) -> Tensor:
         return (grad[None] if self._single else grad.movedim(-1, 0)).contiguous()
@@ -170,7 +179,9 @@ class ReplayedLoop(torch.autograd.Function):
         """Returns what the driver made."""
         ctx.replay = replay
         ctx.save_for_backward(*inputs, *kept)
-        ctx.mark_non_differentiable(*replay.still(results))
+        still = replay.still(results)
+        if still:
+            ctx.mark_non_differentiable(*still)
         ctx.set_materialize_grads(False)
         return tuple(results)
 
