@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.patches
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.results import Measured, Row
 
@@ -45,6 +46,7 @@ def _draw_times(axes: Axes, measured: Measured) -> None:
         bar.set_hatch("" if row.status == "ok" else "////")
     axes.bar_label(bars, [f" {median:.3g}" for median in medians], fontsize=6)
     axes.set(xscale="log", title=f"{measured.key}, {measured.device}: ms")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # on an axis of less than a decade its labels overlap
     if measured.note:
         axes.set_xlabel(measured.note)
     axes.margins(x=0.1)
