@@ -17,6 +17,8 @@ from gimli_compile.state import TrainState
 
 Tasks = bool | tuple[int | None, int | None, int | None, int | None]
 
+_VALUE = object()  # stands for a tensor among what a step returned
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -79,15 +81,19 @@ class TaskSteps:
     ) -> Any:
         given: dict[Any, Any] = dict(draws or {})
 
+        fixed: list[tuple[list[Any], pytree.TreeSpec]] = []
+
         def one(state: TrainState, batch: Any, hyper: Any, meta: Any, noise: dict[Any, Any]) -> Any:
             noise = dict(noise)
-            return *take(state, batch, hyper, meta, noise), noise
+            leaves, structure = pytree.tree_flatten(take(state, batch, hyper, meta, noise))
+            fixed.append(([_VALUE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure))
+            return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], noise
 
         dims = (*self._dims(state, batch, hyper, meta), dict.fromkeys(given, 0))
-        *results, made = torch.func.vmap(one, in_dims=dims, randomness="different")(state, batch, hyper, meta, given)
+        values, made = torch.func.vmap(one, in_dims=dims, randomness="different")(state, batch, hyper, meta, given)
         if draws is not None:
             draws.update(made)
-        return tuple(results)
+        return _with_tensors(*fixed[-1], values)
 
     def _dims(self, *parts: Any) -> list[Any]:
         return [dims_of(part, dim) for part, dim in zip(parts, self._inner, strict=True)]
@@ -127,6 +133,12 @@ class TaskSteps:
     def carried_buffers(self) -> frozenset[str]:
         """Returns the names of the buffers that carry derivatives from step to step."""
         return self.steps.carried_buffers()
+
+
+def _with_tensors(leaves: list[Any], structure: pytree.TreeSpec, values: list[torch.Tensor]) -> Any:
+    """Returns the pytree of these leaves, with tensors where a leaf is `_VALUE`."""
+    tensors = iter(values)
+    return pytree.tree_unflatten([next(tensors) if leaf is _VALUE else leaf for leaf in leaves], structure)
 
 
 def dims_of(tree: Any, dim: int | None) -> Any:
