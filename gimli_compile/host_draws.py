@@ -85,10 +85,10 @@ def generators_forked(rewound: Any = None) -> Iterator[None]:
     with torch.random.fork_rng():
         try:
             if rewound is not None:
-                _set_host_states(rewound)
+                set_host_states(rewound)
             yield
         finally:
-            _set_host_states(before)
+            set_host_states(before)
 
 
 def host_states() -> Any:
@@ -96,7 +96,8 @@ def host_states() -> Any:
     return random.getstate(), np.random.get_state()
 
 
-def _set_host_states(states: Any) -> None:
+def set_host_states(states: Any) -> None:
+    """Puts the generators of Python and NumPy into these states."""
     python, numpy = states
     random.setstate(python)
     np.random.set_state(numpy)

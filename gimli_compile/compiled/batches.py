@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,15 @@ class Batches:
         """Returns some of the batches."""
         made = object.__new__(Batches)
         made._flat, made.is_uniform, made.dim = self._flat[start:end], self.is_uniform, self.dim
+        return made
+
+    def mapped(self, cut: Callable[[Tensor], Tensor]) -> Batches:
+        """Returns the batches with other tensors in place of these."""
+        made = object.__new__(Batches)
+        made._flat = [
+            ([cut(leaf) if isinstance(leaf, Tensor) else leaf for leaf in of], tree) for of, tree in self._flat
+        ]
+        made.is_uniform, made.dim = self.is_uniform, self.dim
         return made
 
     def slots(self) -> tuple[Slot, ...]:

@@ -32,7 +32,8 @@ class LoopInputs:
     """What a loop runs on besides the state: batches, hyperparameters by path, meta.
 
     With tasks, `dims` are 0 or None for state, batches, hyper and meta, and `tasks` is their number. `is_mixed` chooses
-    mixed mode for the way back.
+    mixed mode for the way back. `is_block`: these are some of the tasks of a loop (`task_blocks.py`), which may not
+    draw random numbers.
     """
 
     batches: Batches
@@ -43,6 +44,7 @@ class LoopInputs:
     dims: tuple[int | None, ...] | None = None
     tasks: int | None = None
     is_mixed: bool = False
+    is_block: bool = False
 
     def shared(self) -> dict[Slot, Tensor]:
         """Returns hyperparameters and meta by slot."""
@@ -52,13 +54,17 @@ class LoopInputs:
     def key(self) -> Any:
         """Returns what a plan depends on, besides the tensors' forms."""
         meta = None if self.meta is None else tree_form(self.meta)
-        return self.batches.key(), meta, self.order, self.model_key, self.dims, self.tasks, self.is_mixed
+        return self.batches.key(), meta, self.order, self.model_key, self.dims, self.tasks, self.is_mixed, self.is_block
 
     def lane_of(self, slot: Slot) -> int | None:
         """Returns the dimension of the tasks of a step's input."""
         if self.dims is None or slot.role is Role.CONSTANT:
             return None
         return {Role.BATCH: self.dims[1], Role.HYPER: self.dims[2], Role.META: self.dims[3]}.get(slot.role, 0)
+
+
+class DrawnError(Exception):
+    """A step of a block of tasks draws random numbers, which are made for all tasks together."""
 
 
 class Choice(Protocol):

@@ -10,7 +10,7 @@ import torch
 
 from gimli_compile.argument_checks import check_constants
 from gimli_compile.compiled.binding import Around, Bound, Carried, bind
-from gimli_compile.compiled.choice import Choice, Draws, LoopInputs, Place
+from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place
 from gimli_compile.compiled.functions import Builder, CompiledFunction
 from gimli_compile.compiled.halves import halves
 from gimli_compile.compiled.loop import Tape, run_step
@@ -96,6 +96,8 @@ class Planner:
             run.draws.append({})
         for attempt in range(2):
             for step in choice.fitting(place, inputs, run.draws[place.index]):
+                if inputs.is_block and step.draws:
+                    raise DrawnError
                 rest = run.rest(place.index, step)
                 if inputs.is_mixed and run.record:
                     step = self._with_joint(step, run, inputs, place)

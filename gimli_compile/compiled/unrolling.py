@@ -19,6 +19,7 @@ from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.native import NativeLoop
 from gimli_compile.compiled.planning import Planner, Run
 from gimli_compile.compiled.replays import Replay, replay_of
+from gimli_compile.compiled.task_blocks import TaskBlocks, unroll_blocks
 from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
 from gimli_compile.update_table import partition
@@ -33,6 +34,7 @@ class LoopCompiler:
     def __init__(self, choice: Choice, backend: str, *, verify: bool, mixed: MixedSteps | None = None) -> None:
         self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
+        self._blocks = TaskBlocks(choice)
         self._plans: dict[Any, tuple[NativeLoop, Beginning | None]] = {}
         self._replays: dict[Any, Replay] = {}
         self.has_mixed = mixed is not None
@@ -53,6 +55,8 @@ class LoopCompiler:
     ) -> tuple[TrainState, Any]:
         """Returns the last state, and what the steps returned, stacked in the last dimension.
 
+        Large tasks run in blocks.
+
         Args:
             state: where the loop starts.
             inputs: what it runs on.
@@ -60,6 +64,17 @@ class LoopCompiler:
             call: what others like it are known by, if they may be replayed.
             single: there is one step, and what it returned has no dimension for steps.
         """
+        size = self._blocks.size(state, inputs)
+        if size is not None:
+            unroll = functools.partial(self._unroll, segment=segment, call=None, single=single)
+            found = unroll_blocks(unroll, state, inputs, size)
+            if found is not None:
+                return found
+        return self._unroll(state, inputs, segment=segment, call=call, single=single)
+
+    def _unroll(
+        self, state: TrainState, inputs: LoopInputs, *, segment: int | None, call: Call | None, single: bool
+    ) -> tuple[TrainState, Any]:
         run = _prepare(state, inputs, segment)
         key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), run.same, inputs.key())
         with torch.no_grad():

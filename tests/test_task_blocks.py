@@ -1,0 +1,251 @@
+"""Large tasks in blocks: what all tasks together give, and what the live code gives for each task alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gimli_compile as gimli
+from gimli_compile.compiled import task_blocks
+from gimli_compile.compiled.task_blocks import TaskBlocks
+from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, check, clipped, normalized, weighted
+
+META = {"weights": torch.randn(5).double()}
+BLOCKED = {
+    "adamw": Case(optimizer=adamw, tasks=3),
+    "meta and batches": CASES["meta and batches, tasks"],
+    "recomputed": CASES["checkpoint sqrt, tasks"],
+    "mixed": Case(optimizer=adamw, tasks=3, options={"backward": "mixed"}),
+    "mixed, sqrt, meta": Case(
+        loss=weighted, meta=META, of_batches=True, tasks=2, options={"backward": "mixed", "checkpoint": "sqrt"}
+    ),
+    "truncate": Case(tasks=3, options={"truncate": 2}),
+    "first order": Case(tasks=3, options={"order": 1}),
+    "batch norm": Case(model=lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), tasks=3),
+    "train step": Case(train_step=clipped, tasks=3),
+}
+
+
+@pytest.fixture
+def of(monkeypatch):
+    """Makes blocks of so many tasks, and returns a list of the sizes that loops chose."""
+    chosen: list[int | None] = []
+    size = TaskBlocks.size
+
+    def watched(self, state, inputs):
+        chosen.append(size(self, state, inputs))
+        return chosen[-1]
+
+    def choose(bytes_of_block):
+        monkeypatch.setattr(task_blocks, "BLOCK_BYTES", bytes_of_block)
+        monkeypatch.setattr(TaskBlocks, "size", watched)
+        return chosen
+
+    return choose
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_blocks_of_one_give_what_all_give(name, of):
+    chosen = of(1)
+    check(BLOCKED[name], "eager", 1e-12)
+    assert {1} <= set(chosen) <= {1, None}  # the tasks of a block are asked about as well
+
+
+def test_blocks_of_some_tasks(of, monkeypatch):
+    chosen = of(1)
+    monkeypatch.setattr(TaskBlocks, "_new_size", lambda *_: 2)
+    for case in (Case(optimizer=adamw, tasks=4), replace(CASES["meta and batches, tasks"], tasks=6)):
+        check(case, "eager", 1e-12)
+    assert 2 in chosen
+
+
+def test_the_size_divides_the_tasks_and_fits_the_bytes(of, monkeypatch):
+    case = Case(tasks=12)
+    fn = case.functionalized()
+    chosen = of(task_blocks.BLOCK_BYTES)
+    fn.compile("eager").unroll(fn.init(), case.batches(), tasks=True)
+    assert chosen == [None]  # small tasks run together
+    monkeypatch.setattr(task_blocks, "made_bytes", lambda _: 1000)
+    for size, wanted in ((1, 1), (1000, 1), (2100, 2), (3900, 4), (5500, 6), (40000, None)):
+        chosen.clear()
+        of(size)
+        fn.compile("eager").unroll(fn.init(), case.batches(), tasks=True)
+        assert chosen[0] == wanted
+
+
+def test_large_convolutions_run_one_task_at_a_time(of, monkeypatch):
+    model = lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 3))  # noqa: E731
+    case = Case(model=model, tasks=4)
+    chosen = of(1 << 30)
+    check(case, "eager", 1e-12)
+    assert set(chosen) == {None}
+    monkeypatch.setattr(task_blocks, "ALONE_BYTES", 1)
+    check(case, "eager", 1e-12)
+    assert 1 in chosen
+
+
+def live_training(case: Case, task: int) -> list[torch.Tensor]:
+    """Trains on one task by the live objects; returns the parameters."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(case.model().double())
+    optimizer = case.optimizer(model.parameters())
+    x, y = case.batches()
+    for inputs, targets in zip(x[task], y[task], strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return [value.detach() for value in model.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_every_task_ends_where_live_training_does(backend, of):
+    of(1)
+    case = Case(optimizer=adamw, tasks=3)
+    fn = case.functionalized()
+    fast = fn.compile(backend)
+    for _ in range(2):
+        state, losses = fast.unroll(fn.init(), case.batches(), tasks=True)
+        assert losses.shape == (3, 5)
+        for task in range(3):
+            found = [value[task] for value in state.params.values()]
+            assert_agree(found, live_training(case, task), 1e-10)
+
+
+def test_the_gradient_is_that_of_finite_differences(of):
+    of(1)
+    case = Case(optimizer=adamw, tasks=3)
+    fn = case.functionalized()
+    fast, batches = fn.compile("eager"), case.batches()
+
+    def outcome(rate):
+        hyper = fn.hyperparameters()
+        hyper[0]["lr"] = rate
+        state, _ = fast.unroll(fn.init(), batches, hyper, tasks=True)
+        return fast.loss(state, (batches[0][:, 0], batches[1][:, 0]), tasks=True).sum()
+
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(outcome(rate), rate)
+    with torch.no_grad():
+        step = 1e-6
+        expected = (outcome(rate + step) - outcome(rate - step)) / (2 * step)
+    assert abs(found - expected) <= 1e-6 * (1 + abs(expected)) and found != 0
+
+
+def test_hyperparameters_and_states_of_their_own(of):
+    """Each task has its learning rate and its start; lists of batches; a batch that all tasks share."""
+    case = Case(tasks=3)
+    fn = case.functionalized()
+    x, y = case.batches()
+    steps = [(x[0, step], y[0, step]) for step in range(3)]
+
+    def run(one):
+        rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, requires_grad=True)
+        hyper = fn.hyperparameters()
+        hyper[0]["lr"] = rates
+        for name in ("momentum", "weight_decay", "dampening"):
+            hyper[0][name] = torch.as_tensor(hyper[0][name], dtype=torch.float64).expand(3)
+        start = {name: torch.stack([value, 2 * value, 3 * value]) for name, value in fn.init().params.items()}
+        start = {name: value.detach().requires_grad_() for name, value in start.items()}
+        state = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
+        last, losses = one.unroll(state, steps, hyper, tasks=(0, None, 0, None))
+        outcome = losses.sum() + sum(value.sin().sum() for value in last.params.values())
+        return [*last.params.values(), losses], torch.autograd.grad(outcome, [rates, *start.values()])
+
+    expected = run(fn)
+    chosen = of(1)
+    fast = fn.compile("eager")
+    for _ in range(2):
+        for found, wanted in zip(run(fast), expected, strict=True):
+            assert_agree(found, wanted, 1e-12)
+    assert 1 in chosen
+
+
+def test_steps_that_draw_run_together(of):
+    """The noise of all tasks is drawn step by step, as uncompiled."""
+    chosen = of(1)
+    check(Case(model=normalized, tasks=3), "eager", 1e-12)
+    assert set(chosen) == {None}
+
+
+class DrawsLater(torch.optim.Optimizer):
+    """Adds noise from the third step on."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+                if group["steps"] > 2:
+                    p += 0.01 * torch.randn_like(p)
+
+
+def test_draws_that_begin_later_are_those_of_all_tasks_together(of):
+    chosen = of(1)
+    check(Case(optimizer=DrawsLater, tasks=3), "eager", 1e-12)
+    assert 1 in chosen  # blocks were tried
+
+
+class Remembers(torch.optim.Optimizer):
+    """Makes a state for what has a large gradient only."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad.norm() > 1.0:
+                    self.state[p]["large"] = p.grad.clone()
+                p -= group["lr"] * p.grad
+
+
+def test_tasks_that_end_with_other_states_are_refused_as_ever(of):
+    chosen = of(1)
+    case = Case(optimizer=Remembers, tasks=2)
+    fn = case.functionalized()
+    x, y = case.batches()
+    x = torch.stack([10 * x[0], 0.001 * x[1]])
+    for _ in range(2):
+        with pytest.raises(gimli.GimliError):
+            fn.compile("eager").unroll(fn.init(), (x, y), tasks=True)
+    assert 1 in chosen
+
+
+def test_one_tensor_for_two_hyperparameters_stays_one(of):
+    case = Case(optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.1), tasks=2)
+    fn = case.functionalized()
+    fast = fn.compile("eager")
+
+    def run(one):
+        both = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        hyper = fn.hyperparameters()
+        hyper[0]["lr"] = hyper[0]["momentum"] = both
+        _, losses = one.unroll(fn.init(), case.batches(), hyper, tasks=True)
+        return [losses], torch.autograd.grad(losses.sum(), both)
+
+    expected = run(fn)
+    of(1)
+    for found, wanted in zip(run(fast), expected, strict=True):
+        assert_agree(found, wanted, 1e-12)
+
+
+def test_the_loss_of_large_tasks_runs_in_blocks(of):
+    chosen = of(1)
+    fn = Case(tasks=3).functionalized()
+    x, y = Case(tasks=3).batches()
+    start = {name: value.expand(3, *value.shape) for name, value in fn.init().params.items()}
+    state = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
+    batch = (x[:, 0], y[:, 0])
+    expected, found = fn.loss(state, batch, tasks=True), fn.compile("eager").loss(state, batch, tasks=True)
+    assert found.shape == (3,) and 1 in chosen
+    assert_agree([found], [expected], 1e-12)
