@@ -13,25 +13,28 @@ from benchmarks.meta_gradient import NotThereError, Problem, Run, gradients, wan
 FEW = 8  # elements of all meta-parameters up to which forward mode is meant
 
 
-def meta_gradient(problem: Problem, *, backend: str | None = None, only: str | None = None, **options: Any) -> Run:
+def meta_gradient(
+    problem: Problem, *, backend: str | None = None, mode: str | None = None, only: str | None = None, **options: Any
+) -> Run:
     """Unrolls with the options, on the live objects' programs or on compiled ones.
 
     Args:
         problem: the workload.
         backend: that of `fn.compile`; None for the programs as they are.
+        mode: that of `fn.compile`: "reduce-overhead" for CUDA graphs.
         only: differentiates in this group alone ("hyper" for forward mode).
         options: those of `fn.unroll`.
 
     Raises:
-        NotThereError: forward mode, and too many elements to differentiate in.
+        NotThereError: forward mode, and too many elements to differentiate in; CUDA graphs without a GPU.
     """
     wanted = problem.workload.wanted if only is None else (only,)
     if options.get("backward") == "forward":
         _check_few(problem, wanted)
     fn = _functional(problem)
-    if backend is not None and not hasattr(fn, "compile"):
-        raise NotThereError("`compile` does not exist")
-    runner = fn if backend is None else fn.compile(backend=backend)
+    if mode is not None and not next(iter(problem.params.values())).is_cuda:
+        raise NotThereError("CUDA graphs need a GPU")
+    runner = fn if backend is None else fn.compile(backend=backend, mode=mode)
     buffers, opt_state = fn.init().buffers, fn.init().opt_state
     template = fn.hyperparameters()
     tasks = problem.workload.tasks is not None

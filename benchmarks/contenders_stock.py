@@ -25,7 +25,8 @@ def live_optimizer(problem: Problem, params: list[Tensor]) -> torch.optim.Optimi
     if problem.workload.rule == "sgd":
         return torch.optim.SGD(params, lr=hyper["lr"].item())
     betas = hyper["beta1"].item(), hyper["beta2"].item()
-    return torch.optim.Adam(params, lr=hyper["lr"].item(), betas=betas, eps=hyper["eps"].item())
+    options = {"betas": betas, "eps": hyper["eps"].item(), "capturable": params[0].is_cuda}
+    return torch.optim.Adam(params, lr=hyper["lr"].item(), **options)
 
 
 def plain_training(problem: Problem) -> Run:

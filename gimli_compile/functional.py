@@ -119,7 +119,7 @@ class Functional:
         self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
         self._compiler: Compiler | None = None
 
-    def compile(self, backend: str = "auto", *, verify: bool = True) -> Functional:
+    def compile(self, backend: str = "auto", *, verify: bool = True, mode: str | None = None) -> Functional:
         """Returns the same functions, with loops and forward passes that run compiled programs and their adjoints.
 
         A loop is one program for a step and one for its adjoint, whatever the number of steps. Gradients go through
@@ -129,13 +129,15 @@ class Functional:
             backend: "inductor" (machine code; needs a C++ compiler, or a GPU), "torchscript", "eager" (operator by
                 operator, with everything bound once), or "auto": Inductor where there is a compiler.
             verify: each program compares itself, in its first call, with the program that it was compiled from.
+            mode: "reduce-overhead" records loops as CUDA graphs (docs/loops.md); on a CPU it changes nothing.
 
         Raises:
-            InputError: there is no such backend.
+            InputError: there is no such backend or mode.
             CompileError: (by a first call) a compiled program computes something else.
         """
         made, reader = copy.copy(self), CallReader(self._view, self._model_view, self._hyper_reader)
-        made._compiler = Compiler(self._stepper, self._losses, reader, choose_backend(backend), verify=verify)
+        backend = choose_backend(backend)
+        made._compiler = Compiler(self._stepper, self._losses, reader, backend, verify=verify, mode=mode)
         return made
 
     def _make_stepper(self) -> SplitStepper | WholeStepper:

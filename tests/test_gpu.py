@@ -64,3 +64,25 @@ def test_compiled_loops_equal_uncompiled_ones(backend):
 
     for found, expected in zip(run(fn.compile(backend)), run(fn), strict=True):
         assert float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("options", [{}, {"backward": "mixed"}, {"checkpoint": "sqrt"}])
+@pytest.mark.parametrize("make", [torch.optim.SGD, lambda params, lr: torch.optim.AdamW(params, lr, capturable=True)])
+def test_loops_recorded_as_cuda_graphs_equal_others(make, options, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double().to("cuda")
+    x, y = torch.randn(4, 6, 4, dtype=torch.float64, device="cuda"), torch.randint(3, (4, 6), device="cuda")
+    optimizer = make(model.parameters(), lr=0.1)
+    fn = gimli.functionalize(model, optimizer, lambda m, b: cross_entropy(m(b[0]), b[1]))
+    fast = fn.compile("inductor", mode="reduce-overhead")
+
+    def run(one, rate, scale):
+        hyper = fn.hyperparameters()
+        hyper[0]["lr"] = torch.tensor(rate, dtype=torch.float64, requires_grad=True)
+        state, losses = one.unroll(fn.init(), (scale * x, y), hyper, **options)
+        return [*state.params.values(), losses, torch.autograd.grad(losses[-1], hyper[0]["lr"])[0]]
+
+    for rate, scale in ((0.1, 1), (0.1, 1), (0.1, 1), (0.05, 2), (0.2, 0.5)):
+        for found, expected in zip(run(fast, rate, scale), run(fn, rate, scale), strict=True):
+            assert float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+    assert not caplog.records  # nothing ran without a graph

@@ -37,12 +37,21 @@ class Compiler:
         backend: str,
         *,
         verify: bool,
+        mode: str | None = None,
     ) -> None:
+        options: Any = {"verify": verify, "records": _records(mode)}
         mixed = MixedSteps(stepper) if isinstance(stepper, SplitStepper) else None
-        self.loops = LoopCompiler(StepChoice(stepper), backend, verify=verify, mixed=mixed)
-        self.forwards = LoopCompiler(ForwardChoice(losses, is_loss=False), backend, verify=verify)
-        self.losses = LoopCompiler(ForwardChoice(losses, is_loss=True), backend, verify=verify)
+        self.loops = LoopCompiler(StepChoice(stepper), backend, mixed=mixed, **options)
+        self.forwards = LoopCompiler(ForwardChoice(losses, is_loss=False), backend, **options)
+        self.losses = LoopCompiler(ForwardChoice(losses, is_loss=True), backend, **options)
         self.reader = reader
+
+
+def _records(mode: str | None) -> bool:
+    """Tells whether loops are recorded as graphs of the device."""
+    if mode not in (None, "reduce-overhead"):
+        raise InputError(f"mode={mode!r} is not an option. Use None, or 'reduce-overhead' for CUDA graphs.")
+    return mode is not None
 
 
 def replay(

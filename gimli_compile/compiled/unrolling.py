@@ -12,6 +12,7 @@ from gimli_compile.compiled.beginnings import Beginning, find_beginning
 from gimli_compile.compiled.binding import Around, Carried
 from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import Choice, LoopInputs
+from gimli_compile.compiled.device_graphs import DeviceGraphs, numbers_on_device
 from gimli_compile.compiled.functions import Builder
 from gimli_compile.compiled.inputs import build_state, forms, in_order, state_slots, state_values
 from gimli_compile.compiled.loop import CompiledLoop, Ran, Sources, Tape, run_forward, stacked
@@ -31,9 +32,13 @@ _REPLAYS = 256  # calls that are remembered
 class LoopCompiler:
     """Runs loops by compiled programs; keeps what it compiled."""
 
-    def __init__(self, choice: Choice, backend: str, *, verify: bool, mixed: MixedSteps | None = None) -> None:
+    def __init__(
+        self, choice: Choice, backend: str, *, verify: bool, mixed: MixedSteps | None = None, records: bool = False
+    ) -> None:
+        """Compiles by a backend; `records` loops as graphs of the device, where it has such."""
         self._choice = choice
         self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
+        self._graphs = DeviceGraphs() if records else None
         self._blocks = TaskBlocks(choice)
         self._plans: dict[Any, tuple[NativeLoop, Beginning | None]] = {}
         self._replays: dict[Any, Replay] = {}
@@ -75,6 +80,8 @@ class LoopCompiler:
     def _unroll(
         self, state: TrainState, inputs: LoopInputs, *, segment: int | None, call: Call | None, single: bool
     ) -> tuple[TrainState, Any]:
+        if self._graphs is not None:
+            state, inputs = numbers_on_device(state, inputs)
         run = _prepare(state, inputs, segment)
         key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), run.same, inputs.key())
         with torch.no_grad():
@@ -111,7 +118,8 @@ class LoopCompiler:
             if plan.needs_more:
                 rest = [run.rest(index, bound.step) for index, bound in enumerate(plan.plan)]
             tape = Tape(plan.plan, run.shared, rest, run.segment, through=plan.through)
-            ran, held = _run_by(plan, tape, run)
+            found = None if self._graphs is None else self._graphs.run(plan, tape, run.carried, record=run.record)
+            ran, held = found or _run_by(plan, tape, run)
             if held:
                 return run, ran
         beginning = find_beginning(given, inputs, self._choice)
