@@ -49,6 +49,20 @@ def _layer_norm(graph: fx.Graph, node: fx.Node) -> None:
     _replace(graph, node, made)
 
 
+def _in_one_precision(graph: fx.Graph, node: fx.Node) -> None:
+    """Widens what is of lower precision than the rest, for which torch's tangents are of another type than values.
+
+    The operators compute in the higher precision themselves, and round once at the end.
+    """
+    given = [arg.meta["val"] if isinstance(arg, fx.Node) else None for arg in arguments_of(node)]
+    if len({value.dtype for value in given if isinstance(value, torch.Tensor) and value.is_floating_point()}) < 2:
+        return
+    arguments = [_widened(graph, arg, node) if isinstance(arg, fx.Node) else arg for arg in arguments_of(node)]
+    made = insert_call(graph, node.target, tuple(arguments), {}, like=node)
+    outputs = tuple(insert_call(graph, operator.getitem, (made, index), {}, like=node) for index in range(3))
+    _replace(graph, node, outputs)
+
+
 def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     upstream, value, weight, _, _, _, _, train, eps, _ = arguments_of(node)
     if not train:
@@ -104,7 +118,8 @@ def _running_statistics(graph: fx.Graph, node: fx.Node) -> None:
         kept = call(aten.mul.Tensor, old, 1 - momentum)
         return call(aten.add.Tensor, kept, call(aten.mul.Tensor, new, momentum))
 
-    both = call(aten.native_batch_norm.default, value, weight, bias, None, None, True, momentum, eps)
+    given = [_widened(graph, part, node) if part is not None else None for part in (value, weight, bias)]
+    both = call(aten.native_batch_norm.default, *given, None, None, True, momentum, eps)
     fixed = call(aten.detach.default, value)
     fixed.meta["stop"] = True
     fixed = _widened(graph, fixed, node)
@@ -132,6 +147,8 @@ def _replace(graph: fx.Graph, node: fx.Node, made: tuple[fx.Node, ...]) -> None:
 
 
 _WRITTEN_OUT: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
+    **dict.fromkeys((aten.native_layer_norm.default, aten.native_group_norm.default), _in_one_precision),
+    aten.native_group_norm_backward.default: _in_one_precision,
     aten.native_layer_norm_backward.default: _layer_norm,
     aten.native_batch_norm_backward.default: _batch_norm,
     aten._native_batch_norm_legit_functional.default: _running_statistics,

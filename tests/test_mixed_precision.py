@@ -10,6 +10,7 @@ from live_training import GRADIENTS, assert_equal_tensors, copied, normal, slope
 from torch import nn
 
 import gimli_compile as gimli
+from gimli_compile.compiled.backends import has_compiler
 
 
 def multilayer():
@@ -134,6 +135,44 @@ def test_the_gradient_through_autocast_is_that_of_eager_autograd(kind):
     for value, other in zip(got, expected, strict=True):
         scale = float(other.abs().max())
         torch.testing.assert_close(value.float(), other, rtol=0.03, atol=0.03 * scale)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (multilayer, None),
+        (layer_normed, None),
+        (batch_normed, None),
+        (convolutional, None),
+        (multilayer, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("backward", ["reverse", "mixed"])
+def test_compiled_loops_in_low_precision_are_as_exact_as_it_is(kind, backward, dtype):
+    """Programs compare themselves with what they were compiled from, by what such values can be expected to agree in."""
+
+    def loss_fn(model, batch):
+        return mixed_loss(model, batch) if dtype is None else F.mse_loss(model(batch[0]).float(), batch[1].float())
+
+    def gradients(one, start, dtype):
+        state, hyper = one.init(), one.hyperparameters()
+        state.params = {name: value.detach().to(dtype).requires_grad_() for name, value in start.items()}
+        rate = hyper[0]["lr"].requires_grad_()
+        _, losses = one.unroll(state, batches_of(3, dtype), hyper, backward=backward)
+        return [losses.detach(), *torch.autograd.grad(losses[-1], [rate, *state.params.values()])]
+
+    low = torch.float32 if dtype is None else dtype
+    fn = gimli.functionalize(*make(kind, sgd, low), loss_fn)
+    start = fn.init().params
+    exact = gimli.functionalize(*make(kind, sgd, torch.float64), lambda m, b: F.mse_loss(m(b[0]), b[1]))
+    expected, rounded = gradients(exact, start, torch.float64), gradients(fn, start, low)
+    fast = fn.compile("inductor")
+    for _ in range(2):
+        for value, other, truth in zip(gradients(fast, start, low), rounded, expected, strict=True):
+            assert value.dtype == other.dtype
+            errors = [float((one.detach().double() - truth).norm() / truth.norm()) for one in (value, other)]
+            assert errors[0] <= 2 * errors[1] + 0.01
 
 
 # ---------------------------------------------------------------------- scaled losses

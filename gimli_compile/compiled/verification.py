@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ Tensor = torch.Tensor
 _TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-4, torch.complex64: 2e-4}
 _LOW = 5e-2  # of float16 and bfloat16
 _SLACK = 50  # how many roundings of the inputs a result may be off by
+_FEW = 4  # that many where values are of low precision
 # By how many roundings the inputs are nudged, and the seed. Once by one, for what is left where all cancels: noise that
 # is as large however much they are nudged. Where rounding crossed a kink (a relu), it takes luck, and the whole slack,
 # to cross one that has as much effect.
@@ -70,7 +72,7 @@ def _is_wrong(found: Sequence[Tensor], module: fx.GraphModule, inputs: list[Tens
         for roundings, seed in _NUDGES:
             if not suspects:
                 return False
-            nudged = list(module(*(_nudged(value, roundings, seed) for value in inputs)))
+            nudged = _run_nudged(module, inputs, roundings, seed)
             suspects = [
                 index
                 for index in suspects
@@ -94,15 +96,19 @@ def _size(value: Tensor) -> float:
 
 
 def _tolerances(module: fx.GraphModule) -> list[float]:
-    """Returns how far each result may be off: a float64 number that float32 tensors add up to is as exact as they."""
+    """Returns how far each result may be off: what is computed from coarser values is as exact as they."""
     coarsest: dict[fx.Node, float] = {}
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        own = _TOLERANCE.get(value.dtype, 0.0) if isinstance(value, torch.Tensor) else 0.0
+        own = _own_tolerance(value.dtype) if isinstance(value, torch.Tensor) else 0.0
         inherited = max((coarsest[source] for source in node.all_input_nodes), default=0.0)
         coarsest[node] = max(inherited, own)
     output = next(iter(module.graph.find_nodes(op="output")))
     return [coarsest[result] for result in output.args[0]]
+
+
+def _own_tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, _LOW) if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def _agree(found: Tensor, expected: Tensor, inherited: float) -> bool:
@@ -114,7 +120,7 @@ def _agree(found: Tensor, expected: Tensor, inherited: float) -> bool:
     if not torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num()):
         return False
     scale = float(expected[finite].abs().max()) if bool(finite.any()) else 0.0
-    return _distance(found[finite], expected[finite]) <= max(inherited, _TOLERANCE.get(expected.dtype, _LOW)) * scale
+    return _distance(found[finite], expected[finite]) <= max(inherited, _own_tolerance(expected.dtype)) * scale
 
 
 def _distance(first: Tensor, second: Tensor) -> float:
@@ -125,10 +131,37 @@ def _distance(first: Tensor, second: Tensor) -> float:
     return float((first.to(wide) - second.to(wide)).abs().max())
 
 
+class _Nudged(fx.Interpreter):
+    """Runs a graph with all that it computes in low precision off by some roundings: backends may not round there."""
+
+    def __init__(self, module: fx.GraphModule, roundings: int, seed: int) -> None:
+        super().__init__(module)
+        self._roundings, self._seed = roundings, seed
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node."""
+        made = super().run_node(n)
+        is_low = n.op == "call_function" and isinstance(made, Tensor) and _is_low(made.dtype)
+        return _nudged(made, self._roundings, self._seed) if is_low else made
+
+
+def _run_nudged(module: fx.GraphModule, inputs: list[Tensor], roundings: int, seed: int) -> list[Tensor]:
+    given = [_nudged(value, roundings, seed) for value in inputs]
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    if any(isinstance(value, Tensor) and _is_low(value.dtype) for value in values):
+        return list(_Nudged(module, roundings, seed).run(*given))
+    return list(module(*given))
+
+
+def _is_low(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype not in _TOLERANCE
+
+
 def _nudged(value: Tensor, roundings: int, seed: int) -> Tensor:
-    """Returns a tensor with every entry larger or smaller by some roundings."""
+    """Returns a tensor with every entry larger or smaller by some roundings, by few where these are large."""
     if not (value.is_floating_point() or value.is_complex()):
         return value
+    roundings = min(roundings, _FEW) if _is_low(value.dtype) else roundings
     draw = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     signs = (2 * draw - 1).to(value.device, value.dtype)
     return value * (1 + roundings * torch.finfo(value.dtype).eps * signs)
