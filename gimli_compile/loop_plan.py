@@ -47,15 +47,17 @@ def bytes_of_text(memory: str | int | None) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def choose_plan(steps: LoopSteps | TaskSteps, loop: Loop, memory: int) -> Plan:
+def choose_plan(steps: LoopSteps | TaskSteps, loop: Loop, memory: int, together: int | None = None) -> Plan:
     """Returns the fastest exact way that is estimated to fit into `memory`; takes one step to see its programs.
+
+    Of many tasks, so many run `together`; all by default.
 
     Raises:
         InputError: none fits.
     """
     with torch.no_grad(), torch.random.fork_rng():
         after = steps.step(loop.state, loop.batches[0], loop.hyper, loop.meta, None)[0]
-    plans = list(_plans(steps, loop, after))
+    plans = list(_plans(steps, loop, after, together))
     fitting = next((plan for plan in plans if plan.bytes <= memory), None)
     if fitting is None:
         least = min(plans, key=lambda plan: plan.bytes)
@@ -71,21 +73,22 @@ def choose_plan(steps: LoopSteps | TaskSteps, loop: Loop, memory: int) -> Plan:
     return fitting
 
 
-def _plans(steps: LoopSteps | TaskSteps, loop: Loop, after: Any) -> Iterator[Plan]:
+def _plans(steps: LoopSteps | TaskSteps, loop: Loop, after: Any, together: int | None) -> Iterator[Plan]:
     """Yields the ways, the fastest first."""
     plain = steps.steps if isinstance(steps, TaskSteps) else steps
     count, lanes = len(loop.batches), _lanes(steps, after)
     programs = plain.stepper.latest_programs()
     state = sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(after))
     params = sum(leaf.numel() * leaf.element_size() for leaf in after.params.values())
-    recorded = lanes * sum(map(made_bytes, programs))
-    yield Plan("reverse", None, count * recorded)
-    length = _length(count, state, recorded)
-    yield Plan("reverse", length, math.ceil(count / length) * state + 2 * length * recorded)
+    recorded = sum(map(made_bytes, programs))
+    yield Plan("reverse", None, count * lanes * recorded)
+    at_once = together or lanes
+    length = _length(count, state, at_once * recorded)
+    yield Plan("reverse", length, math.ceil(count / length) * state + 2 * length * at_once * recorded)
     if plain.order == 2 and isinstance(plain.stepper, SplitStepper):
         gradient, update = programs
         product = 3 * peak_bytes(recompute_blocks(gradient))  # values, tangents, and what makes tangents
-        one = lanes * max(peak_bytes(gradient), product, 2 * made_bytes(update)) + 3 * params
+        one = at_once * max(peak_bytes(gradient), product, 2 * made_bytes(update)) + 3 * params
         yield Plan("mixed", 1, count * (state + params) + one)
         length = _length(count, state, state + params)
         yield Plan("mixed", length, math.ceil(count / length) * state + length * (state + params) + one)

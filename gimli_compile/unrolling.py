@@ -50,9 +50,14 @@ def unroll_steps(steps: LoopSteps, loop: Loop, options: LoopOptions) -> tuple[Tr
     return state, _stacked(losses + made)
 
 
-def planned(steps: LoopSteps, taken: LoopSteps | TaskSteps, loop: Loop, options: LoopOptions) -> LoopOptions:
-    """Returns the options of the way that "auto" chooses for a loop over batches; `steps` has the plan from then on."""
-    steps.plan = plan = choose_plan(taken, loop, bytes_of_text(options.memory))
+def planned(
+    steps: LoopSteps, taken: LoopSteps | TaskSteps, loop: Loop, options: LoopOptions, together: int | None = None
+) -> LoopOptions:
+    """Returns the options of the way that "auto" chooses for a loop over batches; `steps` has the plan from then on.
+
+    Of many tasks, so many run `together`; all by default.
+    """
+    steps.plan = plan = choose_plan(taken, loop, bytes_of_text(options.memory), together)
     return replace(options, backward=plan.backward, checkpoint=plan.checkpoint, memory=None)
 
 

@@ -249,3 +249,24 @@ def test_the_loss_of_large_tasks_runs_in_blocks(of):
     expected, found = fn.loss(state, batch, tasks=True), fn.compile("eager").loss(state, batch, tasks=True)
     assert found.shape == (3,) and 1 in chosen
     assert_agree([found], [expected], 1e-12)
+
+
+def test_auto_counts_the_memory_of_one_block(of):
+    """In mixed mode, which keeps states, the values of a step are those of the tasks that run together."""
+    case = Case(tasks=8)
+    fn = case.functionalized()
+    fast = fn.compile("eager")
+
+    def chosen(memory):
+        fast.unroll(fn.init(), case.batches(), tasks=True, backward="auto", memory=memory)
+        assert fast.last_plan is not None
+        return fast.last_plan
+
+    generous = chosen("1GB")
+    assert generous.backward == "reverse"
+    together = chosen(generous.bytes - 1)
+    of(1)
+    fast = fn.compile("eager")
+    alone = chosen(generous.bytes - 1)
+    assert alone.bytes < together.bytes
+    assert chosen("1GB").bytes == generous.bytes

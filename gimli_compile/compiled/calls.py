@@ -87,7 +87,7 @@ def unroll_compiled(
     if options.backward == "auto":
         taken = steps if inputs.dims is None else TaskSteps(steps, inputs.dims)
         differentiated = replace(loop, batches=inputs.batches.part(first, len(inputs.batches)))
-        options = planned(steps, taken, differentiated, options)
+        options = planned(steps, taken, differentiated, options, compiler.together(loop.state, inputs))
     return _run(compiler, loop.state, inputs, options, first, call)
 
 

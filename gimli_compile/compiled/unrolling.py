@@ -49,6 +49,10 @@ class LoopCompiler:
         known = None if call is None else self._replays.get(call.key)
         return None if known is None or call is None or not known.fits(call) else known(call.tensors)
 
+    def together(self, state: TrainState, inputs: LoopInputs) -> int | None:
+        """Returns how many tasks run together; None if all do."""
+        return self._blocks.size(state, inputs)
+
     def unroll(
         self,
         state: TrainState,
@@ -69,7 +73,7 @@ class LoopCompiler:
             call: what others like it are known by, if they may be replayed.
             single: there is one step, and what it returned has no dimension for steps.
         """
-        size = self._blocks.size(state, inputs)
+        size = self.together(state, inputs)
         if size is not None:
             unroll = functools.partial(self._unroll, segment=segment, call=None, single=single)
             found = unroll_blocks(unroll, state, inputs, size)
