@@ -48,7 +48,7 @@ def bytes_of_text(memory: str | int | None) -> int:
 
 
 def choose_plan(steps: LoopSteps | TaskSteps, loop: Loop, memory: int, together: int | None = None) -> Plan:
-    """Returns the fastest exact way that is estimated to fit into `memory`; takes one step to see its programs.
+    """Returns the fastest exact way that is estimated to fit into `memory`; takes two steps to see their programs.
 
     Of many tasks, so many run `together`; all by default.
 
@@ -56,7 +56,9 @@ def choose_plan(steps: LoopSteps | TaskSteps, loop: Loop, memory: int, together:
         InputError: none fits.
     """
     with torch.no_grad(), torch.random.fork_rng():
-        after = steps.step(loop.state, loop.batches[0], loop.hyper, loop.meta, None)[0]
+        after = loop.state
+        for index in range(min(2, len(loop.batches))):  # later steps may take more than the first, which starts a state
+            after = steps.step(after, loop.batches[index], loop.hyper, loop.meta, None)[0]
     plans = list(_plans(steps, loop, after, together))
     fitting = next((plan for plan in plans if plan.bytes <= memory), None)
     if fitting is None:

@@ -132,3 +132,21 @@ def test_memory_is_an_amount(memory):
     _, _, fn = CASES["mlp"].functionalized()
     with pytest.raises(gimli.InputError, match="is no amount of memory"):
         fn.unroll(fn.init(), CASES["mlp"].batches, backward="auto", memory=memory)
+
+
+def test_the_first_estimate_is_that_of_later_steps():
+    """Momentum's first step starts the state; what later steps make is more."""
+    fn = sgd_with_momentum()
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(6)]
+    bytes_of = []
+    for _ in range(2):
+        fn.unroll(fn.init(), batches, backward="auto", memory="1GB")
+        assert fn.last_plan is not None
+        bytes_of.append(fn.last_plan.bytes)
+    assert bytes_of[0] == bytes_of[1]
+
+
+def sgd_with_momentum():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return gimli.functionalize(model, optimizer, lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
