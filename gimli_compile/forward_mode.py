@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -21,9 +21,38 @@ Tensor = torch.Tensor
 LIMIT = 128  # directions: each costs two plain steps in every step
 
 
-def unroll_forward(steps: LoopSteps | TaskSteps, loop: Loop) -> tuple[TrainState, list[Any]]:
+class Advancing(Protocol):
+    """Takes the steps of one loop with tangents."""
+
+    def advance(
+        self, index: int, state: TrainState, along: Mapping[Slot, Tensor]
+    ) -> tuple[TrainState, Any, dict[int, Tensor]]:
+        """Returns the new state, the loss, and the tangents of both by the place of the leaf."""
+        ...
+
+
+Advance = Callable[..., Advancing]  # of batches, hyper and meta
+
+
+def unroll_forward(advance: Advance, loop: Loop) -> tuple[TrainState, list[Any]]:
     """Runs a loop and carries the derivatives of its state along (Franceschi et al. 2017, section 3.2)."""
-    return run_as_node(ForwardMode(steps), (loop.state, list(loop.batches), loop.hyper, loop.meta))
+    return run_as_node(ForwardMode(advance), (loop.state, list(loop.batches), loop.hyper, loop.meta))
+
+
+class UncompiledSteps:
+    """Takes steps, and pushes tangents through each."""
+
+    def __init__(self, steps: LoopSteps | TaskSteps, batches: Sequence[Any], hyper: Any, meta: Any) -> None:
+        self._steps, self._batches, self._others = steps, batches, (hyper, meta)
+
+    def advance(
+        self, index: int, state: TrainState, along: Mapping[Slot, Tensor]
+    ) -> tuple[TrainState, Any, dict[int, Tensor]]:
+        """Returns the new state, the loss, and the tangents of both by the place of the leaf."""
+        draws: dict[Slot, Tensor] = {}
+        given = (state, self._batches[index], *self._others, draws)
+        after, loss = self._steps.step(*given)
+        return after, loss, self._steps.push_forward(*given, along) if along else {}
 
 
 class ForwardMode:
@@ -31,19 +60,18 @@ class ForwardMode:
 
     name = "forward"
 
-    def __init__(self, steps: LoopSteps | TaskSteps) -> None:
-        self.steps = steps
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
 
     def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any, Any]:
         """Returns the last state with the losses; keeps their tangents, by the place of the result."""
         state, batches, hyper, meta = inputs
         tangents = _basis(inputs, needed)
         losses, of_losses = [], []
-        for index, batch in enumerate(batches):
-            draws: dict[Slot, Tensor] = {}
-            after, loss = self.steps.step(state, batch, hyper, meta, draws)
+        steps = self._advance(batches, hyper, meta)
+        for index in range(len(batches)):
             along = {slot: tangent for (step, slot), tangent in tangents.items() if step in (None, index)}
-            made = self.steps.push_forward(state, batch, hyper, meta, draws, along) if along else {}
+            after, loss, made = steps.advance(index, state, along)
             of_losses.append(_split(made, after, loss, tangents))
             state = after
             losses.append(loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, TaskSteps
 
 Tensor = torch.Tensor
+RunLoop = Callable[[TrainState, Sequence[Any], Any, Any], tuple[TrainState, list[Any]]]  # to the losses of all steps
 _SOLVERS = {"neumann": solve_by_neumann, "cg": solve_by_conjugate_gradients}
 
 
@@ -46,9 +47,14 @@ class Implicit:
             raise InputError(f"solver={self.solver!r} is not an option. Use one of {', '.join(map(repr, _SOLVERS))}.")
 
 
-def unroll_implicit(steps: LoopSteps | TaskSteps, loop: Loop, implicit: Implicit) -> tuple[TrainState, list[Any]]:
-    """Runs a loop to the fixed point of its last step; its gradient is that of the fixed point."""
-    return run_as_node(ImplicitMode(steps, implicit), (loop.state, list(loop.batches), loop.hyper, loop.meta))
+def unroll_implicit(
+    steps: LoopSteps | TaskSteps, loop: Loop, implicit: Implicit, run: RunLoop | None = None
+) -> tuple[TrainState, list[Any]]:
+    """Runs a loop to the fixed point of its last step; its gradient is that of the fixed point.
+
+    `run` gets there; by default, the steps do.
+    """
+    return run_as_node(ImplicitMode(steps, implicit, run), (loop.state, list(loop.batches), loop.hyper, loop.meta))
 
 
 class ImplicitMode:
@@ -60,22 +66,29 @@ class ImplicitMode:
 
     name = "implicit"
 
-    def __init__(self, steps: LoopSteps | TaskSteps, implicit: Implicit) -> None:
+    def __init__(self, steps: LoopSteps | TaskSteps, implicit: Implicit, run: RunLoop | None = None) -> None:
         self.steps = steps
         self.implicit = implicit
+        self._run = run or self._step_by_step
 
     def forward(self, inputs: Any, needed: Sequence[bool]) -> tuple[Any, Any, Any]:
         """Returns the last state with the losses; keeps that state and the draws of one more step."""
         state, batches, hyper, meta = inputs
-        losses = []
-        for batch in batches:
-            state, loss = self.steps.step(state, batch, hyper, meta, None)
-            losses.append(loss)
+        state, losses = self._run(state, batches, hyper, meta)
         draws: dict[Slot, Tensor] = {}
         if any(needed):
             after, _ = self.steps.step(state, batches[-1], hyper, meta, draws)
             self._check_rest(state, after)
         return (state, losses), (state, draws), settled_buffers(inputs, needed, state, self.steps.carried_buffers())
+
+    def _step_by_step(
+        self, state: TrainState, batches: Sequence[Any], hyper: Any, meta: Any
+    ) -> tuple[TrainState, list[Any]]:
+        losses = []
+        for batch in batches:
+            state, loss = self.steps.step(state, batch, hyper, meta, None)
+            losses.append(loss)
+        return state, losses
 
     def _check_rest(self, state: TrainState, after: TrainState) -> None:
         moved = _norm([after.params[name] - value for name, value in state.params.items()])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,8 +49,15 @@ def push_step(
     def along(*one: torch.Tensor) -> Any:
         return jvp(run, tuple(tensors[place] for place in given), one)[1]
 
-    try:
+    with refused_operator(programs):
         return torch.func.vmap(along)(*given.values())
+
+
+@contextmanager
+def refused_operator(programs: Callable[[], Iterable[Program]]) -> Iterator[None]:
+    """Says which line calls an operator that torch has no forward derivative of, if some call within lacks it."""
+    try:
+        yield
     except NotImplementedError as error:
         lacking = _LACKING.search(str(error))
         if lacking is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from gimli_compile.checkpointing import checkpointed
 from gimli_compile.errors import InputError, compose_message
-from gimli_compile.forward_mode import unroll_forward
+from gimli_compile.forward_mode import UncompiledSteps, unroll_forward
 from gimli_compile.implicit_mode import Implicit, unroll_implicit
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import bytes_of_text, choose_plan
@@ -47,7 +48,7 @@ def unroll_steps(steps: LoopSteps, loop: Loop, options: LoopOptions) -> tuple[Tr
         options = planned(steps, taken, loop, options)
         steps.recomputes = options.recomputes
     state, made = _differentiated(taken, loop, options, segment_length(options.checkpoint, len(batches)))
-    return state, _stacked(losses + made)
+    return state, stack_losses(losses + made)
 
 
 def planned(
@@ -68,7 +69,7 @@ def _differentiated(
     if options.backward == "mixed":
         return unroll_mixed(steps, loop, length or 1)
     if options.backward == "forward":
-        return unroll_forward(steps, loop)
+        return unroll_forward(partial(UncompiledSteps, steps), loop)
     if options.backward == "implicit":
         return unroll_implicit(steps, loop, options.implicit or Implicit())
     losses: list[Any] = []
@@ -82,7 +83,7 @@ def _differentiated(
     return state, losses
 
 
-def _stacked(losses: list[Any]) -> Any:
+def stack_losses(losses: list[Any]) -> Any:
     """Returns the losses of all steps as one pytree, their last dimension the step."""
     leaves = [pytree.tree_leaves(loss) for loss in losses]
     made = [torch.stack(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]

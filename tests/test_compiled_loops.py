@@ -580,14 +580,6 @@ def test_the_forward_pass_of_many_tasks():
     assert_agree([fn.compile("eager")(state, x, tasks=True)], [expected], 1e-13)
 
 
-@pytest.mark.parametrize("mode", ["forward", "implicit"])
-def test_other_ways_through_the_backward_pass_are_refused(mode):
-    case = Case()
-    fn = case.functionalized()
-    with pytest.raises(gimli.InputError, match=f"backward='{mode}' in a compiled loop"):
-        fn.compile("eager").unroll(fn.init(), case.batches(), backward=mode)
-
-
 def held(model, optimizer, batch):
     """Gradients add up over two calls: what is in `p.grad` goes from one to the next."""
     loss = cross_entropy(model, batch)

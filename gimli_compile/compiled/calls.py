@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
 from gimli_compile.compiled.loop import refuse_transforms
 from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.unrolling import LoopCompiler
-from gimli_compile.errors import InputError, compose_message
+from gimli_compile.errors import InputError
+from gimli_compile.forward_mode import unroll_forward
+from gimli_compile.implicit_mode import Implicit, unroll_implicit
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_steps import LoopSteps, whole_step_error
 from gimli_compile.loss_table import Asked, LossTable
@@ -23,7 +26,7 @@ from gimli_compile.records import opened
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
-from gimli_compile.unrolling import planned, segment_length
+from gimli_compile.unrolling import planned, segment_length, stack_losses
 
 
 class Compiler:
@@ -81,11 +84,12 @@ def unroll_compiled(
 
     What calls like this one are known by is `call`.
     """
-    _refuse_modes(options)
     loop, inputs = _inputs_of(loop, options, steps.model_key)
     first = 0 if options.truncate is None else max(0, len(inputs.batches) - options.truncate)
+    taken = steps if inputs.dims is None else TaskSteps(steps, inputs.dims)
+    if options.backward in ("forward", "implicit"):
+        return _run_as_node(compiler, loop, inputs, options, taken, first)
     if options.backward == "auto":
-        taken = steps if inputs.dims is None else TaskSteps(steps, inputs.dims)
         differentiated = replace(loop, batches=inputs.batches.part(first, len(inputs.batches)))
         options = planned(steps, taken, differentiated, options, compiler.together(loop.state, inputs))
     return _run(compiler, loop.state, inputs, options, first, call)
@@ -137,6 +141,41 @@ def _run(
     return state, _joined([losses, last])
 
 
+def _run_as_node(
+    compiler: LoopCompiler,
+    loop: Loop,
+    inputs: LoopInputs,
+    options: LoopOptions,
+    steps: LoopSteps | TaskSteps,
+    first: int,
+) -> tuple[TrainState, Any]:
+    """Runs a loop in forward or implicit mode; its steps from `first` on are differentiated."""
+    losses: list[Any] = []
+    if first:
+        with torch.no_grad():
+            cut = replace(inputs, batches=inputs.batches.part(0, first))
+            state, before = compiler.unroll(loop.state, cut, segment=None)
+        loop = replace(loop, state=pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, state))
+        losses.append(before)
+    loop = replace(loop, batches=[inputs.batches[index] for index in range(first, len(inputs.batches))])
+    if options.backward == "forward":
+        state, made = unroll_forward(partial(compiler.tangents.loop, inputs), loop)
+    else:
+        run = partial(_run_plain, compiler, inputs)
+        state, made = unroll_implicit(steps, loop, options.implicit or Implicit(), run)
+    return state, _joined([*losses, stack_losses(made)])
+
+
+def _run_plain(
+    compiler: LoopCompiler, inputs: LoopInputs, state: TrainState, batches: Any, hyper: Any, meta: Any
+) -> tuple[TrainState, list[Any]]:
+    """Runs a loop that nothing is differentiated in; returns the losses of each step."""
+    given = replace(inputs, batches=Batches(list(batches), 0), hyper=hyper, meta=meta)
+    state, losses = compiler.unroll(state, given, segment=None)
+    count = len(given.batches)
+    return state, [pytree.tree_map_only(torch.Tensor, lambda of, i=i: of[..., i], losses) for i in range(count)]
+
+
 def evaluate_compiled(
     compiler: LoopCompiler, asked: Asked, model_key: Any, call: Call | None, *, tasks: bool = False
 ) -> tuple[Any, Tensors]:
@@ -150,15 +189,3 @@ def _joined(parts: list[Any]) -> Any:
     leaves = [pytree.tree_leaves(part) for part in parts]
     made = [torch.cat(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]
     return pytree.tree_unflatten(made, pytree.tree_structure(parts[0]))
-
-
-def _refuse_modes(options: LoopOptions) -> None:
-    if options.backward in ("forward", "implicit"):
-        raise InputError(
-            compose_message(
-                f"backward={options.backward!r} in a compiled loop",
-                None,
-                "Compiled programs are a step and its adjoint, which carry derivatives back, not forward.",
-                'Use `backward="mixed"`, with `checkpoint="sqrt"` for the least memory, or unroll uncompiled.',
-            )
-        )

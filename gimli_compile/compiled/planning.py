@@ -112,16 +112,7 @@ class Planner:
                     return Taken(bound, pool, values, rest, kept)
             if not attempt:
                 choice.capture(place, inputs, run.draws[place.index])
-        raise CaptureError(
-            compose_message(
-                "the conditions under which a compiled step holds do not settle",
-                None,
-                "It computes other outcomes than the step that it was compiled from, or tasks that run together have "
-                "different ones.",
-                "A comparison lies within rounding: perturb the inputs or use float64. "
-                "With tasks: unroll one at a time.",
-            )
-        )
+        raise unsettled()
 
     def _with_joint(self, step: StepFunction, run: Run, inputs: LoopInputs, place: Place) -> StepFunction | None:
         assert self._mixed is not None
@@ -163,3 +154,16 @@ class Taken:
         """Returns what it carries on."""
         everything = [*self.pool, *self.values]
         return [everything[number] for number in self.bound.carry]
+
+
+def unsettled() -> CaptureError:
+    """Returns the error for a step that computes other outcomes than those that it was compiled for."""
+    return CaptureError(
+        compose_message(
+            "the conditions under which a compiled step holds do not settle",
+            None,
+            "It computes other outcomes than the step that it was compiled from, or tasks that run together have "
+            "different ones.",
+            "A comparison lies within rounding: perturb the inputs or use float64. With tasks: unroll one at a time.",
+        )
+    )

@@ -20,6 +20,7 @@ from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.native import NativeLoop
 from gimli_compile.compiled.planning import Planner, Run
 from gimli_compile.compiled.replays import Replay, replay_of
+from gimli_compile.compiled.tangent_steps import TangentSteps
 from gimli_compile.compiled.task_blocks import TaskBlocks, unroll_blocks
 from gimli_compile.slot import Slot
 from gimli_compile.state import TrainState
@@ -37,7 +38,9 @@ class LoopCompiler:
     ) -> None:
         """Compiles by a backend; `records` loops as graphs of the device, where it has such."""
         self._choice = choice
-        self._planner = Planner(Builder(BACKENDS[backend], verify), mixed)
+        build = Builder(BACKENDS[backend], verify)
+        self._planner = Planner(build, mixed)
+        self.tangents = TangentSteps(choice, build)
         self._graphs = DeviceGraphs() if records else None
         self._blocks = TaskBlocks(choice)
         self._plans: dict[Any, tuple[NativeLoop, Beginning | None]] = {}
