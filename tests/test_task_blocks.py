@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,17 @@ from torch import nn
 import gimli_compile as gimli
 from gimli_compile.compiled import task_blocks
 from gimli_compile.compiled.task_blocks import TaskBlocks
-from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, check, clipped, normalized, weighted
+from tests.test_compiled_loops import (
+    CASES,
+    Case,
+    adamw,
+    assert_agree,
+    check,
+    clipped,
+    cross_entropy,
+    normalized,
+    weighted,
+)
 
 META = {"weights": torch.randn(5).double()}
 BLOCKED = {
@@ -249,3 +259,106 @@ def test_the_loss_of_large_tasks_runs_in_blocks(of):
     expected, found = fn.loss(state, batch, tasks=True), fn.compile("eager").loss(state, batch, tasks=True)
     assert found.shape == (3,) and 1 in chosen
     assert_agree([found], [expected], 1e-12)
+
+
+def uneven(fn):
+    """Returns calls of which not all inputs have the same number of tasks."""
+    x, y = Case(tasks=3).batches()
+    start = {name: torch.stack([value, value]) for name, value in fn.init().params.items()}
+    two = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
+    rates = fn.hyperparameters()
+    for name, value in rates[0].items():
+        if value is not None:
+            rates[0][name] = torch.as_tensor(value, dtype=torch.float64).expand(4)
+    yield lambda one: one.unroll(fn.init(), (x, torch.cat([y, y])), tasks=True)
+    yield lambda one: one.unroll(two, (x, y), tasks=(0, 0, None, None))
+    yield lambda one: one.unroll(fn.init(), (x, y), rates, tasks=(None, 0, 0, None))
+    yield lambda one: one.loss(two, (x[:, 0], y[:, 0]), tasks=True)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_inputs_of_different_numbers_of_tasks_are_refused(index, of):
+    fn = Case(tasks=3).functionalized()
+    call = list(uneven(fn))[index]
+    with pytest.raises(ValueError, match="same size"):
+        call(fn)
+    of(1)
+    fast = fn.compile("eager")
+    for _ in range(2):
+        with pytest.raises(gimli.InputError, match="tasks"):
+            call(fast)
+
+
+def returning(kind):
+    """Returns a train step that returns something else, by `kind`, where the loss is large: in the first of three."""
+
+    def step(model, optimizer, batch):
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batch)
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss, "found": kind(loss, loss > 1.25)}
+
+    return step
+
+
+KINDS = {
+    "text": lambda loss, is_large: "large" if is_large else "small",
+    "nothing": lambda loss, is_large: None if is_large else loss,
+    "precision": lambda loss, is_large: loss.float() if is_large else loss,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tasks_that_return_other_things_are_refused_as_ever(name, of):
+    chosen = of(1)
+    case = Case(train_step=returning(KINDS[name]), tasks=3)
+    fn = case.functionalized()
+    x, y = case.batches()
+    for one in (fn, fn.compile("eager")):
+        with pytest.raises(gimli.CaptureError, match="do not settle"):
+            one.unroll(fn.init(), (x[:, :1], y[:, :1]), tasks=True)
+    assert 1 in chosen
+
+
+@dataclass
+class Out:
+    """What a step, or a model, returns."""
+
+    value: torch.Tensor
+    name: str
+
+
+def described(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss = cross_entropy(model, batch)
+    loss.backward()
+    optimizer.step()
+    return Out(loss, "loss")
+
+
+def test_dataclasses_hold_the_values_of_all_tasks(of):
+    plain, case = Case(tasks=3).functionalized(), Case(train_step=described, tasks=3)
+    _, expected = plain.unroll(plain.init(), case.batches(), tasks=True)
+    chosen = of(1)
+    fn = case.functionalized()
+    _, found = fn.compile("eager").unroll(fn.init(), case.batches(), tasks=True)
+    assert isinstance(found, Out) and found.name == "loss" and 1 in chosen
+    assert_agree([found.value], [expected], 1e-12)
+
+
+class Describing(nn.Linear):
+    def forward(self, input):
+        return Out(super().forward(input), "output")
+
+
+def test_dataclasses_of_a_model_hold_the_values_of_all_tasks(of):
+    chosen = of(1)
+    fn = Case(model=lambda: Describing(4, 3), loss=lambda model, batch: model(batch).value.sum()).functionalized()
+    start = {name: torch.stack([value, 2 * value, 3 * value]) for name, value in fn.init().params.items()}
+    state = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
+    x = torch.randn(3, 5, 4).double()
+    found = fn.compile("eager")(state, x, tasks=True)
+    expected = torch.einsum("tbi,toi->tbo", x, start["weight"]) + start["bias"][:, None]
+    assert found.name == "output" and 1 in chosen
+    assert_agree([found.value], [expected], 1e-12)
