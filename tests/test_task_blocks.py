@@ -182,6 +182,98 @@ def test_steps_that_draw_run_together(of):
     assert set(chosen) == {None}
 
 
+class DrawsOwn(nn.Module):
+    """A model with a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.generator = nn.Linear(4, 3), torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        return self.linear(x) + 0.1 * torch.randn(5, 3, dtype=x.dtype, generator=self.generator)
+
+
+class StepsByOwn(torch.optim.Optimizer):
+    """Adds noise of a generator of its own, from some step on."""
+
+    def __init__(self, params, first=0):
+        super().__init__(params, {"lr": 0.1, "steps": 0})
+        self.first, self.generator = first, torch.Generator().manual_seed(5)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+                if group["steps"] > self.first:
+                    p += 0.01 * torch.randn(p.shape, dtype=p.dtype, generator=self.generator)
+
+
+OWN = {
+    "model": Case(model=DrawsOwn, tasks=3),
+    "optimizer": Case(optimizer=StepsByOwn, tasks=3),
+    "optimizer, later": Case(optimizer=lambda params: StepsByOwn(params, first=2), tasks=3),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("bytes_of_block", [1, 16 << 20])
+def test_blocks_take_no_numbers_of_other_generators(name, bytes_of_block, of, monkeypatch):
+    """Numbers that are drawn to find the size of blocks, or before a block gives up, are drawn again."""
+    case, chosen = OWN[name], of(bytes_of_block)
+
+    def run():
+        fn = case.functionalized()
+        fast = fn.compile("eager")
+        return [fast.unroll(fn.init(), case.batches(), tasks=True)[1] for _ in range(2)]
+
+    found = run()
+    assert (1 in chosen) == (name == "optimizer, later" and bytes_of_block == 1)
+    monkeypatch.setattr(TaskBlocks, "size", lambda *_: None)
+    assert_agree(found, run(), 1e-12)
+    fn = case.functionalized()
+    assert_agree(found, [fn.unroll(fn.init(), case.batches(), tasks=True)[1] for _ in range(2)], 1e-12)
+
+
+def train_live(case: Case) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    model = case.model().double()
+    optimizer = case.optimizer(model.parameters())
+    return [clipped(model, optimizer, batch)["loss"].detach() for batch in zip(*case.batches(), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_capture_takes_no_numbers_of_other_generators(name):
+    """All that the live code draws after capture is what it would have drawn without."""
+    case = replace(OWN[name], tasks=None, train_step=clipped)
+    expected = train_live(case)
+    for compiles in (False, True):
+        fn = case.functionalized()
+        one = fn.compile("eager") if compiles else fn
+        returned: Any = one.unroll(fn.init(), case.batches())[1]
+        assert_agree([returned["loss"]], [torch.stack(expected)], 1e-12)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_capture_of_a_loss_takes_no_numbers_of_other_generators(compiles):
+    case = replace(OWN["model"], tasks=None)
+    x, y = case.batches()
+    torch.manual_seed(1)
+    model = case.model().double()
+    optimizer = case.optimizer(model.parameters())
+    expected = []
+    for batch in zip(x, y, strict=True):
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batch)
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.detach())
+    fn = case.functionalized()
+    one = fn.compile("eager") if compiles else fn
+    assert_agree([one.unroll(fn.init(), (x, y))[1]], [torch.stack(expected)], 1e-12)
+
+
 class DrawsLater(torch.optim.Optimizer):
     """Adds noise from the third step on."""
 
@@ -347,18 +439,22 @@ def test_dataclasses_hold_the_values_of_all_tasks(of):
     assert_agree([found.value], [expected], 1e-12)
 
 
-class Describing(nn.Linear):
-    def forward(self, input):
-        return Out(super().forward(input), "output")
+class Describing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return Out(self.linear(x), "output")
 
 
 def test_dataclasses_of_a_model_hold_the_values_of_all_tasks(of):
     chosen = of(1)
-    fn = Case(model=lambda: Describing(4, 3), loss=lambda model, batch: model(batch).value.sum()).functionalized()
+    fn = Case(model=Describing, loss=lambda model, batch: model(batch).value.sum()).functionalized()
     start = {name: torch.stack([value, 2 * value, 3 * value]) for name, value in fn.init().params.items()}
     state = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
     x = torch.randn(3, 5, 4).double()
     found = fn.compile("eager")(state, x, tasks=True)
-    expected = torch.einsum("tbi,toi->tbo", x, start["weight"]) + start["bias"][:, None]
+    expected = torch.einsum("tbi,toi->tbo", x, start["linear.weight"]) + start["linear.bias"][:, None]
     assert found.name == "output" and 1 in chosen
     assert_agree([found.value], [expected], 1e-12)

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.binding import Carried
-from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place
+from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place, capture_step
 from gimli_compile.compiled.inputs import forms, state_slots, state_values
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.host_draws import generators_forked, host_states, set_host_states
@@ -62,7 +62,7 @@ class TaskBlocks:
         draws: Draws = {}
         with torch.no_grad(), generators_forked():
             if not self._choice.fitting(place, inputs, draws):
-                self._choice.capture(place, inputs, draws)
+                capture_step(self._choice, place, inputs, draws)
             steps = self._choice.fitting(place, inputs, draws)
         if not steps or draws or any(step.draws for step in steps):
             return None
