@@ -9,6 +9,7 @@ for the gradients of its last run: then it runs as any other.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class DeviceGraphs:
 
     def __init__(self) -> None:
         self._loops: dict[Any, RecordedLoop | None] = {}
+        self._lock = threading.Lock()  # what one thread gives a graph, another one must not write over
 
     def run(self, plan: NativeLoop, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool] | None:
         """Replays a loop that ran before, and records it first if need be; returns also whether conditions held.
@@ -74,7 +76,10 @@ class DeviceGraphs:
         """
         if record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
-        key = (plan, tape.segment, record)
+        with self._lock:
+            return self._replayed((plan, tape.segment, record), tape, carried, record=record)
+
+    def _replayed(self, key: Any, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool] | None:
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 del self._loops[next(iter(self._loops))]
@@ -92,7 +97,8 @@ def _recorded(tape: Tape, carried: list[Tensor], *, record: bool) -> RecordedLoo
     if elsewhere is not None:
         return _refuse(f"{elsewhere} is not on {device}; an optimizer of torch keeps it there with `capturable=True`")
     try:
-        return RecordedLoop(tape, carried, RECORDERS[device.type], record=record)
+        with torch.inference_mode(False), torch.no_grad():  # calls in any mode write to its memory
+            return RecordedLoop(tape, carried, RECORDERS[device.type], record=record)
     except RuntimeError as error:  # what a device cannot record, such as waiting for it
         return _refuse(error)
 
