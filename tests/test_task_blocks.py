@@ -439,6 +439,17 @@ def test_dataclasses_hold_the_values_of_all_tasks(of):
     assert_agree([found.value], [expected], 1e-12)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("options", [{}, {"truncate": 2}, {"tasks": True}])
+def test_dataclasses_hold_the_values_of_all_steps(compiles, options):
+    case = Case(train_step=described, tasks=3 if "tasks" in options else None)
+    plain, fn = replace(case, train_step=None).functionalized(), case.functionalized()
+    _, expected = plain.unroll(plain.init(), case.batches(), **options)
+    found: Any = (fn.compile("eager") if compiles else fn).unroll(fn.init(), case.batches(), **options)[1]
+    assert isinstance(found, Out) and found.name == "loss"
+    assert_agree([found.value], [expected], 1e-12)
+
+
 class Describing(nn.Module):
     def __init__(self):
         super().__init__()

@@ -19,7 +19,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_steps import LoopSteps, whole_step_error
 from gimli_compile.loss_table import Asked, LossTable
-from gimli_compile.records import opened
+from gimli_compile.records import opened, rebuilt
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
@@ -147,9 +147,10 @@ def evaluate_compiled(
 
 def _joined(parts: list[Any]) -> Any:
     """Returns what the steps of several loops returned as if there had been one."""
+    parts = list(map(opened, parts))
     leaves = [pytree.tree_leaves(part) for part in parts]
     made = [torch.cat(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]
-    return pytree.tree_unflatten(made, pytree.tree_structure(parts[0]))
+    return rebuilt(pytree.tree_unflatten(made, pytree.tree_structure(parts[0])))
 
 
 def _refuse_modes(options: LoopOptions) -> None:
