@@ -30,12 +30,15 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
         out = function(*pytree.tree_unflatten(rebuilt, structure), draws)
         out_leaves, out_structure = pytree.tree_flatten(out)
         results, out_places = distinct(out_leaves)
-        form[:] = [out_structure, out_places]
+        others = [leaf if place is None else None for leaf, place in zip(out_leaves, out_places, strict=True)]
+        form[:] = [out_structure, out_places, others]
         return tuple(results)
 
     results = _Segment.apply(flat, *tensors)
     _refuse_wrapped(draws)
-    return pytree.tree_unflatten([results[place] for place in form[1]], form[0])
+    out_structure, out_places, others = form
+    pairs = zip(out_places, others, strict=True)
+    return pytree.tree_unflatten([leaf if place is None else results[place] for place, leaf in pairs], out_structure)
 
 
 def _refuse_wrapped(draws: list[Any]) -> None:

@@ -13,6 +13,7 @@ from gimli_compile.errors import InputError, compose_message
 from gimli_compile.loop_labels import Label, labels_of, state_slots
 from gimli_compile.loop_node import run_as_node
 from gimli_compile.loop_steps import LoopSteps
+from gimli_compile.records import opened
 from gimli_compile.slot import CARRIED, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, TaskSteps
@@ -52,7 +53,7 @@ class UncompiledSteps:
         draws: dict[Slot, Tensor] = {}
         given = (state, self._batches[index], *self._others, draws)
         after, loss = self._steps.step(*given)
-        return after, loss, self._steps.push_forward(*given, along) if along else {}
+        return after, opened(loss), self._steps.push_forward(*given, along) if along else {}
 
 
 class ForwardMode:

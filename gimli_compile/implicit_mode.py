@@ -15,6 +15,7 @@ from gimli_compile.linear_solvers import Vector, solve_by_conjugate_gradients, s
 from gimli_compile.loop_labels import Label, labels_of, settled_buffers, state_slots
 from gimli_compile.loop_node import run_as_node
 from gimli_compile.loop_steps import LoopSteps
+from gimli_compile.records import opened
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, TaskSteps
@@ -87,7 +88,7 @@ class ImplicitMode:
         losses = []
         for batch in batches:
             state, loss = self.steps.step(state, batch, hyper, meta, None)
-            losses.append(loss)
+            losses.append(opened(loss))
         return state, losses
 
     def _check_rest(self, state: TrainState, after: TrainState) -> None:

@@ -15,6 +15,7 @@ from gimli_compile.loss_capture import Forward, capture_forward, capture_gradien
 from gimli_compile.loss_conditions import Captured
 from gimli_compile.metadata import FAKE
 from gimli_compile.model_view import ModelView
+from gimli_compile.owned_generators import DrawsUndone
 from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
@@ -152,7 +153,7 @@ class LossTable:
     @rare_collections()
     def _capture_forward(self, asked: Asked) -> Forward:
         params, buffers, batch, meta = representatives((asked.params, asked.buffers, asked.batch, asked.meta))
-        with outside_transforms(), torch.random.fork_rng():
+        with outside_transforms(), torch.random.fork_rng(), DrawsUndone():
             if not asked.is_loss:
                 args, kwargs = batch
                 return capture_forward(self.view, params, buffers, args, kwargs, f"forward of {self.title}")
@@ -222,7 +223,7 @@ class LossTable:
         assert self.loss_fn is not None
         params, buffers, batch, meta = representatives((state.params, state.buffers, batch, meta))
         title = f"loss and gradient of {self.title}"
-        with outside_transforms(), torch.random.fork_rng():
+        with outside_transforms(), torch.random.fork_rng(), DrawsUndone():
             return Gradient(capture_gradient(self.view, self.loss_fn, params, buffers, batch, meta, trained, title))
 
 

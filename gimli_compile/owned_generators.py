@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.host_draws import host_states
@@ -27,6 +28,29 @@ def generators_kept(skeleton: Skeleton) -> Iterator[None]:
     finally:
         for generator, state in zip(held, states, strict=True):
             _set_state(generator, state)
+
+
+class DrawsUndone(TorchDispatchMode):
+    """Gives the generators of torch that operators were called with, whoever holds them, their states back at the end.
+
+    Of the default generators, it knows nothing (`host_draws.generators_forked`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._states: list[tuple[torch.Generator, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator."""
+        for given in (kwargs or {}).values():
+            if isinstance(given, torch.Generator):
+                self._states.append((given, given.get_state()))
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)
+        for generator, state in reversed(self._states):
+            generator.set_state(state)
 
 
 @contextmanager

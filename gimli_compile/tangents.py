@@ -17,6 +17,7 @@ from gimli_compile.loop_labels import labels_of
 from gimli_compile.metadata import operator_name
 from gimli_compile.program import Program
 from gimli_compile.pulling_back import Values
+from gimli_compile.records import opened
 
 _LACKING = re.compile(r"forward AD with (\w+)")
 
@@ -43,7 +44,7 @@ def push_step(
         now = {**dict(enumerate(tensors)), **dict(zip(given, moved, strict=True))}
         flat = [leaf if place is None else now[place] for leaf, place in zip(leaves, places, strict=True)]
         state, batches, hyper, meta = pytree.tree_unflatten(flat, structure)
-        made = pytree.tree_leaves(step(state, batches[0], hyper, meta))
+        made = pytree.tree_leaves(opened(step(state, batches[0], hyper, meta)))
         return {i: v for i, v in enumerate(made) if isinstance(v, torch.Tensor) and v.is_floating_point()}, ()
 
     def along(*one: torch.Tensor) -> Any:

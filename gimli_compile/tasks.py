@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from gimli_compile.errors import InputError
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.pulling_back import Values
+from gimli_compile.records import opened, rebuilt
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import TrainState
 
@@ -85,7 +86,7 @@ class TaskSteps:
 
         def one(state: TrainState, batch: Any, hyper: Any, meta: Any, noise: dict[Any, Any]) -> Any:
             noise = dict(noise)
-            leaves, structure = pytree.tree_flatten(take(state, batch, hyper, meta, noise))
+            leaves, structure = pytree.tree_flatten(opened(take(state, batch, hyper, meta, noise)))
             fixed.append(([_VALUE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure))
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], noise
 
@@ -138,7 +139,7 @@ class TaskSteps:
 def _with_tensors(leaves: list[Any], structure: pytree.TreeSpec, values: list[torch.Tensor]) -> Any:
     """Returns the pytree of these leaves, with tensors where a leaf is `_VALUE`."""
     tensors = iter(values)
-    return pytree.tree_unflatten([next(tensors) if leaf is _VALUE else leaf for leaf in leaves], structure)
+    return rebuilt(pytree.tree_unflatten([next(tensors) if leaf is _VALUE else leaf for leaf in leaves], structure))
 
 
 def dims_of(tree: Any, dim: int | None) -> Any:

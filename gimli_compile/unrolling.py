@@ -19,7 +19,7 @@ from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_plan import bytes_of_text, choose_plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.mixed_mode import unroll_mixed
-from gimli_compile.records import opened
+from gimli_compile.records import opened, rebuilt
 from gimli_compile.state import TrainState
 from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
 
@@ -85,9 +85,10 @@ def _differentiated(
 
 def stack_losses(losses: list[Any]) -> Any:
     """Returns the losses of all steps as one pytree, their last dimension the step."""
+    losses = list(map(opened, losses))
     leaves = [pytree.tree_leaves(loss) for loss in losses]
     made = [torch.stack(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]
-    return pytree.tree_unflatten(made, pytree.tree_structure(losses[0]))
+    return rebuilt(pytree.tree_unflatten(made, pytree.tree_structure(losses[0])))
 
 
 def _run(step: Step, loop: Loop, steps: Sequence[Any], losses: list[Any]) -> TrainState:
@@ -108,7 +109,7 @@ def _segment(step: Step) -> Callable[..., Any]:
             if fresh:
                 draws.append({})
             state, loss = step(state, batch, hyper, meta, draws[index])
-            losses.append(loss)
+            losses.append(opened(loss))
         return state, losses
 
     return run

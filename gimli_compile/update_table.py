@@ -13,6 +13,7 @@ from gimli_compile.edges import edges_of, lift_edges
 from gimli_compile.errors import CaptureError, compose_message
 from gimli_compile.host_draws import generators_forked, host_states
 from gimli_compile.optimizer_view import OptimizerView
+from gimli_compile.owned_generators import DrawsUndone
 from gimli_compile.recording import Baked
 from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
 from gimli_compile.several_optimizers import kind_of
@@ -106,7 +107,7 @@ class UpdateTable:
         for variant in list(group):
             if variant.holds(values, watched):
                 yield variant
-        with generators_forked(rewound):
+        with generators_forked(rewound), DrawsUndone():
             captured = self._capture(representatives_of(inputs), watched)
         group.append(captured)
         warn_of_baked(captured.baked)

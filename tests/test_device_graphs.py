@@ -7,6 +7,7 @@ as a graph does: numbers that Python read are those of the recording, and what a
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -251,6 +252,47 @@ def test_saved_tensor_hooks_see_the_loop_in_python(recorder):
         with torch.autograd.graph.saved_tensors_hooks(lambda value: seen.append(value) or value, lambda value: value):
             case.run(fast, hyper)
     assert seen and not recorder.recorded
+
+
+def test_recorded_in_inference_mode(recorder):
+    """What was recorded there is written to in other modes as well."""
+    case = Case()
+    fn = case.functionalized()
+    fast, batches = recording(fn), case.batches()
+    expected = pytree.tree_leaves(fn.unroll(fn.init(), batches))
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            found = pytree.tree_leaves(fast.unroll(fn.init(), batches))
+        assert_agree(found, expected, 1e-12)
+    assert recorder.recorded == 1 and recorder.replayed == 4
+
+
+def test_threads_do_not_write_over_each_other_s_values(recorder, monkeypatch):
+    """A thread that comes while another one replays waits for it."""
+    case = Case()
+    fn = case.functionalized()
+    fast, (x, y) = recording(fn), case.batches()
+    for _ in range(2):
+        fast.unroll(fn.init(), (x, y))
+    copy, entered, found = device_graphs._copy_all, threading.Event(), {}
+
+    def slowly(targets, sources):
+        copy(targets, sources)
+        if not entered.is_set():
+            entered.set()
+            other.join(0.5)
+
+    def run(scale):
+        found[scale] = pytree.tree_leaves(fast.unroll(fn.init(), (scale * x, y)))
+
+    monkeypatch.setattr(device_graphs, "_copy_all", slowly)
+    other = threading.Thread(target=lambda: entered.wait() and run(3.0))
+    other.start()
+    run(2.0)
+    other.join()
+    for scale, values in found.items():
+        assert_agree(values, pytree.tree_leaves(fn.unroll(fn.init(), (scale * x, y))), 1e-12)
+    assert len(found) == 2
 
 
 class Counting(torch.optim.Optimizer):

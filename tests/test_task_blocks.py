@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,17 @@ from torch import nn
 import gimli_compile as gimli
 from gimli_compile.compiled import task_blocks
 from gimli_compile.compiled.task_blocks import TaskBlocks
-from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, check, clipped, normalized, weighted
+from tests.test_compiled_loops import (
+    CASES,
+    Case,
+    adamw,
+    assert_agree,
+    check,
+    clipped,
+    cross_entropy,
+    normalized,
+    weighted,
+)
 
 META = {"weights": torch.randn(5).double()}
 BLOCKED = {
@@ -172,6 +182,98 @@ def test_steps_that_draw_run_together(of):
     assert set(chosen) == {None}
 
 
+class DrawsOwn(nn.Module):
+    """A model with a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.generator = nn.Linear(4, 3), torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        return self.linear(x) + 0.1 * torch.randn(5, 3, dtype=x.dtype, generator=self.generator)
+
+
+class StepsByOwn(torch.optim.Optimizer):
+    """Adds noise of a generator of its own, from some step on."""
+
+    def __init__(self, params, first=0):
+        super().__init__(params, {"lr": 0.1, "steps": 0})
+        self.first, self.generator = first, torch.Generator().manual_seed(5)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                p -= group["lr"] * p.grad
+                if group["steps"] > self.first:
+                    p += 0.01 * torch.randn(p.shape, dtype=p.dtype, generator=self.generator)
+
+
+OWN = {
+    "model": Case(model=DrawsOwn, tasks=3),
+    "optimizer": Case(optimizer=StepsByOwn, tasks=3),
+    "optimizer, later": Case(optimizer=lambda params: StepsByOwn(params, first=2), tasks=3),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("bytes_of_block", [1, 16 << 20])
+def test_blocks_take_no_numbers_of_other_generators(name, bytes_of_block, of, monkeypatch):
+    """Numbers that are drawn to find the size of blocks, or before a block gives up, are drawn again."""
+    case, chosen = OWN[name], of(bytes_of_block)
+
+    def run():
+        fn = case.functionalized()
+        fast = fn.compile("eager")
+        return [fast.unroll(fn.init(), case.batches(), tasks=True)[1] for _ in range(2)]
+
+    found = run()
+    assert (1 in chosen) == (name == "optimizer, later" and bytes_of_block == 1)
+    monkeypatch.setattr(TaskBlocks, "size", lambda *_: None)
+    assert_agree(found, run(), 1e-12)
+    fn = case.functionalized()
+    assert_agree(found, [fn.unroll(fn.init(), case.batches(), tasks=True)[1] for _ in range(2)], 1e-12)
+
+
+def train_live(case: Case) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    model = case.model().double()
+    optimizer = case.optimizer(model.parameters())
+    return [clipped(model, optimizer, batch)["loss"].detach() for batch in zip(*case.batches(), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_capture_takes_no_numbers_of_other_generators(name):
+    """All that the live code draws after capture is what it would have drawn without."""
+    case = replace(OWN[name], tasks=None, train_step=clipped)
+    expected = train_live(case)
+    for compiles in (False, True):
+        fn = case.functionalized()
+        one = fn.compile("eager") if compiles else fn
+        returned: Any = one.unroll(fn.init(), case.batches())[1]
+        assert_agree([returned["loss"]], [torch.stack(expected)], 1e-12)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_capture_of_a_loss_takes_no_numbers_of_other_generators(compiles):
+    case = replace(OWN["model"], tasks=None)
+    x, y = case.batches()
+    torch.manual_seed(1)
+    model = case.model().double()
+    optimizer = case.optimizer(model.parameters())
+    expected = []
+    for batch in zip(x, y, strict=True):
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batch)
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.detach())
+    fn = case.functionalized()
+    one = fn.compile("eager") if compiles else fn
+    assert_agree([one.unroll(fn.init(), (x, y))[1]], [torch.stack(expected)], 1e-12)
+
+
 class DrawsLater(torch.optim.Optimizer):
     """Adds noise from the third step on."""
 
@@ -270,3 +372,132 @@ def test_auto_counts_the_memory_of_one_block(of):
     alone = chosen(generous.bytes - 1)
     assert alone.bytes < together.bytes
     assert chosen("1GB").bytes == generous.bytes
+
+
+def uneven(fn):
+    """Returns calls of which not all inputs have the same number of tasks."""
+    x, y = Case(tasks=3).batches()
+    start = {name: torch.stack([value, value]) for name, value in fn.init().params.items()}
+    two = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
+    rates = fn.hyperparameters()
+    for name, value in rates[0].items():
+        if value is not None:
+            rates[0][name] = torch.as_tensor(value, dtype=torch.float64).expand(4)
+    yield lambda one: one.unroll(fn.init(), (x, torch.cat([y, y])), tasks=True)
+    yield lambda one: one.unroll(two, (x, y), tasks=(0, 0, None, None))
+    yield lambda one: one.unroll(fn.init(), (x, y), rates, tasks=(None, 0, 0, None))
+    yield lambda one: one.loss(two, (x[:, 0], y[:, 0]), tasks=True)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_inputs_of_different_numbers_of_tasks_are_refused(index, of):
+    fn = Case(tasks=3).functionalized()
+    call = list(uneven(fn))[index]
+    with pytest.raises(ValueError, match="same size"):
+        call(fn)
+    of(1)
+    fast = fn.compile("eager")
+    for _ in range(2):
+        with pytest.raises(gimli.InputError, match="tasks"):
+            call(fast)
+
+
+def returning(kind):
+    """Returns a train step that returns something else, by `kind`, where the loss is large: in the first of three."""
+
+    def step(model, optimizer, batch):
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batch)
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss, "found": kind(loss, loss > 1.25)}
+
+    return step
+
+
+KINDS = {
+    "text": lambda loss, is_large: "large" if is_large else "small",
+    "nothing": lambda loss, is_large: None if is_large else loss,
+    "precision": lambda loss, is_large: loss.float() if is_large else loss,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tasks_that_return_other_things_are_refused_as_ever(name, of):
+    chosen = of(1)
+    case = Case(train_step=returning(KINDS[name]), tasks=3)
+    fn = case.functionalized()
+    x, y = case.batches()
+    for one in (fn, fn.compile("eager")):
+        with pytest.raises(gimli.CaptureError, match="do not settle"):
+            one.unroll(fn.init(), (x[:, :1], y[:, :1]), tasks=True)
+    assert 1 in chosen
+
+
+@dataclass
+class Out:
+    """What a step, or a model, returns."""
+
+    value: torch.Tensor
+    name: str
+
+
+def described(model, optimizer, batch):
+    optimizer.zero_grad()
+    loss = cross_entropy(model, batch)
+    loss.backward()
+    optimizer.step()
+    return Out(loss, "loss")
+
+
+def test_dataclasses_hold_the_values_of_all_tasks(of):
+    plain, case = Case(tasks=3).functionalized(), Case(train_step=described, tasks=3)
+    _, expected = plain.unroll(plain.init(), case.batches(), tasks=True)
+    chosen = of(1)
+    fn = case.functionalized()
+    _, found = fn.compile("eager").unroll(fn.init(), case.batches(), tasks=True)
+    assert isinstance(found, Out) and found.name == "loss" and 1 in chosen
+    assert_agree([found.value], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"truncate": 2}, {"tasks": True}, {"checkpoint": 2}, {"backward": "forward"}],
+    ids=["reverse", "truncate", "tasks", "checkpoint", "forward"],
+)
+def test_dataclasses_hold_the_values_of_all_steps(compiles, options):
+    """And carry their gradients."""
+    case = Case(train_step=described, tasks=3 if "tasks" in options else None)
+    plain, fn = replace(case, train_step=None).functionalized(), case.functionalized()
+
+    def run(one):
+        hyper = plain.hyperparameters()
+        rate = hyper[0]["lr"].requires_grad_()
+        return one.unroll(one.init(), case.batches(), hyper, **options)[1], rate
+
+    (expected, rate), (found, other) = run(plain), run(fn.compile("eager") if compiles else fn)
+    assert isinstance(found, Out) and found.name == "loss"
+    grads = [torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in ((expected, rate), (found.value, other))]
+    assert_agree([found.value, grads[1]], [expected, grads[0]], 1e-12)
+
+
+class Describing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return Out(self.linear(x), "output")
+
+
+def test_dataclasses_of_a_model_hold_the_values_of_all_tasks(of):
+    chosen = of(1)
+    fn = Case(model=Describing, loss=lambda model, batch: model(batch).value.sum()).functionalized()
+    start = {name: torch.stack([value, 2 * value, 3 * value]) for name, value in fn.init().params.items()}
+    state = gimli.TrainState(start, fn.init().buffers, fn.init().opt_state)
+    x = torch.randn(3, 5, 4).double()
+    found = fn.compile("eager")(state, x, tasks=True)
+    expected = torch.einsum("tbi,toi->tbo", x, start["linear.weight"]) + start["linear.bias"][:, None]
+    assert found.name == "output" and 1 in chosen
+    assert_agree([found.value], [expected], 1e-12)

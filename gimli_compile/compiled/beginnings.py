@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gimli_compile.compiled.binding import Carried, pool_slots, slots_after
-from gimli_compile.compiled.choice import Choice, LoopInputs, Place
+from gimli_compile.compiled.choice import Choice, DrawnError, LoopInputs, Place, capture_step
 from gimli_compile.compiled.planning import Run
 from gimli_compile.compiled.starting_values import covers, starting_values
 from gimli_compile.compiled.steps import HOLDS, StepFunction
@@ -46,6 +46,8 @@ def find_beginning(run: Run, inputs: LoopInputs, choice: Choice) -> Beginning | 
     first = _fitting(run, inputs, choice, place)
     if first is None:
         return None
+    if inputs.is_block and first.draws:
+        raise DrawnError
     if slots_after(run.start.slots, first) == run.start.slots:
         return _with_derivatives(first, run)
     if not _adds_state_only(first, run.start):
@@ -71,7 +73,7 @@ def _fitting(run: Run, inputs: LoopInputs, choice: Choice, place: Place) -> Step
         run.draws.append({})
     draws = run.draws[place.index]
     if not choice.fitting(place, inputs, draws):
-        choice.capture(place, inputs, draws)
+        capture_step(choice, place, inputs, draws)
     return next(iter(choice.fitting(place, inputs, draws)), None)
 
 

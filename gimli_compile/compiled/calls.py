@@ -22,7 +22,7 @@ from gimli_compile.implicit_mode import Implicit, unroll_implicit
 from gimli_compile.loop_options import LoopOptions
 from gimli_compile.loop_steps import LoopSteps, whole_step_error
 from gimli_compile.loss_table import Asked, LossTable
-from gimli_compile.records import opened
+from gimli_compile.records import opened, rebuilt
 from gimli_compile.state import Tensors, TrainState
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
 from gimli_compile.tasks import Loop, TaskSteps, lead_with_tasks
@@ -172,6 +172,7 @@ def _run_plain(
     """Runs a loop that nothing is differentiated in; returns the losses of each step."""
     given = replace(inputs, batches=Batches(list(batches), 0), hyper=hyper, meta=meta)
     state, losses = compiler.unroll(state, given, segment=None)
+    losses = opened(losses)
     count = len(given.batches)
     return state, [pytree.tree_map_only(torch.Tensor, lambda of, i=i: of[..., i], losses) for i in range(count)]
 
@@ -186,6 +187,7 @@ def evaluate_compiled(
 
 def _joined(parts: list[Any]) -> Any:
     """Returns what the steps of several loops returned as if there had been one."""
+    parts = list(map(opened, parts))
     leaves = [pytree.tree_leaves(part) for part in parts]
     made = [torch.cat(of, -1) if isinstance(of[0], torch.Tensor) else of[0] for of in zip(*leaves, strict=True)]
-    return pytree.tree_unflatten(made, pytree.tree_structure(parts[0]))
+    return rebuilt(pytree.tree_unflatten(made, pytree.tree_structure(parts[0])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from gimli_compile.compiled.binding import Carried
 from gimli_compile.compiled.inputs import build_state, named_slots
 from gimli_compile.compiled.steps import StepFunction
 from gimli_compile.loss_table import Gradient, values_of_loss
+from gimli_compile.owned_generators import DrawsUndone
 from gimli_compile.row_gradients import from_slots
 from gimli_compile.skeleton import Skeleton
 from gimli_compile.slot import Role, Slot
@@ -91,6 +93,12 @@ class Place:
     def state(self, values: Sequence[Tensor]) -> TrainState:
         """Returns the train state that holds these tensors."""
         return build_state(self.slots.slots, values, self.skeleton)
+
+
+def capture_step(choice: Choice, place: Place, inputs: LoopInputs, draws: Draws) -> None:
+    """Captures what is missing; in a block, which may not draw, generators that somebody holds stay as they were."""
+    with DrawsUndone() if inputs.is_block else nullcontext():
+        choice.capture(place, inputs, draws)
 
 
 class StepChoice:

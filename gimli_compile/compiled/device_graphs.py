@@ -9,8 +9,10 @@ for the gradients of its last run: then it runs as any other.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -37,7 +39,7 @@ _KEPT = 16  # loops that are kept recorded
 def record_on_cuda(function: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
     """Records a CUDA graph, whose memory is of a pool (`torch.cuda.graph_pool_handle`)."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         made = function()
     return made, graph.replay
 
@@ -66,6 +68,7 @@ class DeviceGraphs:
 
     def __init__(self) -> None:
         self._loops: dict[Any, RecordedLoop | None] = {}
+        self._lock = threading.Lock()  # what one thread gives a graph, another one must not write over
 
     def run(self, plan: NativeLoop, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool] | None:
         """Replays a loop that ran before, and records it first if need be; returns also whether conditions held.
@@ -74,13 +77,21 @@ class DeviceGraphs:
         """
         if record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
-        key = (plan, tape.segment, record)
+        with self._lock:
+            return self._replayed((plan, tape.segment, record, _stream()), tape, carried, record=record)
+
+    def _replayed(self, key: Any, tape: Tape, carried: list[Tensor], *, record: bool) -> tuple[Ran, bool] | None:
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 del self._loops[next(iter(self._loops))]
             self._loops[key] = _recorded(tape, carried, record=record)
         loop = self._loops[key]
         return None if loop is None or loop.is_awaited else loop(tape, carried)
+
+
+def _stream() -> Any:
+    """Returns the stream that kernels run in: a graph's memory must not be used from two at once."""
+    return torch.cuda.current_stream() if torch.cuda.is_available() else None
 
 
 def _recorded(tape: Tape, carried: list[Tensor], *, record: bool) -> RecordedLoop | None:
@@ -92,9 +103,15 @@ def _recorded(tape: Tape, carried: list[Tensor], *, record: bool) -> RecordedLoo
     if elsewhere is not None:
         return _refuse(f"{elsewhere} is not on {device}; an optimizer of torch keeps it there with `capturable=True`")
     try:
-        return RecordedLoop(tape, carried, RECORDERS[device.type], record=record)
+        # Calls in any mode write to its memory; a stream belongs to a device.
+        with torch.inference_mode(False), torch.no_grad(), _on(device):
+            return RecordedLoop(tape, carried, RECORDERS[device.type], record=record)
     except RuntimeError as error:  # what a device cannot record, such as waiting for it
         return _refuse(error)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _refuse(reason: Any) -> None:
@@ -123,6 +140,7 @@ class RecordedLoop:
         self._tape = Tape(tape.bound, shared, [[next(values) for _ in one] for one in tape.rest], tape.segment)
         self._tape.through = tape.through
         self._ticket: weakref.ref[Ticket] | None = None
+        self._lock = threading.Lock()
         self._back: dict[tuple[bool, ...], _WayBack | None] = {}
         self._made, self._replay = recorder(lambda: self._forward(start), self._pool)
 
@@ -148,6 +166,10 @@ class RecordedLoop:
 
     def backward(self, last: list[Any], returned: Sequence[Tensor | None]) -> Adjoints:
         """Runs the adjoints of the steps of the last run: the first time one by one, later recorded."""
+        with self._lock, _on(self._given[0].device):
+            return self._backward(last, returned)
+
+    def _backward(self, last: list[Any], returned: Sequence[Tensor | None]) -> Adjoints:
         given = [*last, *returned]
         key = tuple(grad is not None for grad in given)
         grads = [grad for grad in given if grad is not None]

@@ -10,7 +10,7 @@ import torch
 
 from gimli_compile.argument_checks import check_constants
 from gimli_compile.compiled.binding import Around, Bound, Carried, bind
-from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place
+from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place, capture_step
 from gimli_compile.compiled.functions import Builder, CompiledFunction
 from gimli_compile.compiled.halves import halves
 from gimli_compile.compiled.loop import Tape, run_step
@@ -111,7 +111,7 @@ class Planner:
                 if bound.held is None or bool(values[bound.held].all()):
                     return Taken(bound, pool, values, rest, kept)
             if not attempt:
-                choice.capture(place, inputs, run.draws[place.index])
+                capture_step(choice, place, inputs, run.draws[place.index])
         raise unsettled()
 
     def _with_joint(self, step: StepFunction, run: Run, inputs: LoopInputs, place: Place) -> StepFunction | None:

@@ -12,13 +12,14 @@ from torch.utils import _pytree as pytree
 from gimli_compile.argument_checks import check_constants
 from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.binding import Around, Carried, pool_slots, slots_after
-from gimli_compile.compiled.choice import Choice, LoopInputs, Place
+from gimli_compile.compiled.choice import Choice, LoopInputs, Place, capture_step
 from gimli_compile.compiled.functions import Builder, CompiledFunction
 from gimli_compile.compiled.inputs import build_state, in_order, state_slots, state_values
 from gimli_compile.compiled.planning import Run, unsettled
 from gimli_compile.compiled.steps import HOLDS, StepFunction
 from gimli_compile.forward_derivatives import jvp
 from gimli_compile.loop_labels import state_slots as slots_of_state
+from gimli_compile.records import opened
 from gimli_compile.slot import CARRIED, Slot
 from gimli_compile.state import TrainState
 from gimli_compile.tangents import refused_operator
@@ -56,7 +57,7 @@ class TangentSteps:
                 if HOLDS not in taken.values or bool(taken.values[HOLDS].all()):
                     return taken
             if not attempt:
-                self._choice.capture(place, inputs, draws)
+                capture_step(self._choice, place, inputs, draws)
         raise unsettled()
 
     def _run(
@@ -161,8 +162,8 @@ class TangentLoop:
         tangents = {slot: along[slot] for slot in slots if slot in along and slot not in taken.values}
         tangents |= taken.tangents
         returned = [slot for slot in step.results if slot not in slots and slot != HOLDS and slot.role not in CARRIED]
-        loss = step.assemble([taken.values[slot] for slot in returned])
-        of_loss = pytree.tree_leaves(step.assemble([tangents.get(slot) for slot in returned]))  # type: ignore[misc]
+        loss = opened(step.assemble([taken.values[slot] for slot in returned]))
+        of_loss = pytree.tree_leaves(opened(step.assemble([tangents.get(slot) for slot in returned])))  # type: ignore[misc]
         of_state = [tangents.get(slot) for slot in slots_of_state(after)]
         found = enumerate([*of_state, *of_loss])
         return after, loss, {number: one for number, one in found if isinstance(one, Tensor)}

@@ -17,12 +17,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.binding import Carried
-from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place
+from gimli_compile.compiled.choice import Choice, DrawnError, Draws, LoopInputs, Place, capture_step
 from gimli_compile.compiled.inputs import forms, state_slots, state_values
+from gimli_compile.errors import InputError, compose_message
 from gimli_compile.host_draws import generators_forked, host_states, set_host_states
 from gimli_compile.live_bytes import made_bytes
+from gimli_compile.records import opened, rebuilt
 from gimli_compile.state import TrainState
 from gimli_compile.transforms import generator_states, rewind
+from gimli_compile.tree_slots import fixed_form, form
 
 Tensor = torch.Tensor
 Block = tuple[TrainState, LoopInputs]
@@ -59,7 +62,7 @@ class TaskBlocks:
         draws: Draws = {}
         with torch.no_grad(), generators_forked():
             if not self._choice.fitting(place, inputs, draws):
-                self._choice.capture(place, inputs, draws)
+                capture_step(self._choice, place, inputs, draws)
             steps = self._choice.fitting(place, inputs, draws)
         if not steps or draws or any(step.draws for step in steps):
             return None
@@ -79,30 +82,40 @@ def unroll_blocks(
 ) -> Unrolled | None:
     """Runs a loop over tasks block by block; returns nothing where the tasks have to run together.
 
-    That is where a later step draws after all, and where tasks end with states of different structure.
+    That is where a later step draws after all, and where what tasks end with, or return, differs in more than the
+    values of tensors.
     """
     generators, of_host = generator_states(), host_states()
     try:
-        made = [pytree.tree_flatten(unroll(*block)) for block in blocks(state, inputs, size)]
+        made = [pytree.tree_flatten(_opened(*unroll(*block))) for block in blocks(state, inputs, size)]
     except DrawnError:
         rewind(generators)
         set_host_states(of_host)
         return None
-    structure = made[0][1]
-    if any(other != structure for _, other in made):
+    structure, kinds = made[0][1], [(other, list(map(_form, leaves))) for leaves, other in made]
+    if any(kind != kinds[0] for kind in kinds):
         return None
     join = torch.stack if size == 1 else torch.cat
     columns = zip(*(leaves for leaves, _ in made), strict=True)
     joined = [join(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-    return pytree.tree_unflatten(joined, structure)
+    last, returned = pytree.tree_unflatten(joined, structure)
+    return last, rebuilt(returned)
+
+
+def _opened(state: TrainState, returned: Any) -> Unrolled:
+    return state, opened(returned)
+
+
+def _form(leaf: Any) -> Any:
+    return form(leaf) if isinstance(leaf, Tensor) else fixed_form(leaf)
 
 
 def blocks(state: TrainState, inputs: LoopInputs, size: int) -> Iterator[Block]:
     """Yields a loop for each block of tasks. Blocks of one are loops without tasks."""
     assert inputs.dims is not None and inputs.tasks is not None
     of_state, of_batch, of_hyper, of_meta = inputs.dims
-    cut = _Cut(size)
-    form: dict[str, Any] = {"dims": None, "tasks": None} if size == 1 else {"tasks": size}
+    cut = _Cut(size, inputs.tasks)
+    new: dict[str, Any] = {"dims": None, "tasks": None} if size == 1 else {"tasks": size}
     for index in range(inputs.tasks // size):
         given = replace(
             inputs,
@@ -110,7 +123,7 @@ def blocks(state: TrainState, inputs: LoopInputs, size: int) -> Iterator[Block]:
             hyper=cut.part_of(dict(inputs.hyper), of_hyper, index),
             meta=cut.part_of(inputs.meta, of_meta, index),
             is_block=True,
-            **form,
+            **new,
         )
         yield cut.part_of(state, of_state, index), given
 
@@ -118,18 +131,31 @@ def blocks(state: TrainState, inputs: LoopInputs, size: int) -> Iterator[Block]:
 class _Cut:
     """Cuts tensors into blocks of tasks, each once: tensors that are one object stay one."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._known: dict[int, tuple[Tensor, ...]] = {}
+    def __init__(self, size: int, tasks: int) -> None:
+        self._size, self._tasks = size, tasks
+        self._known: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def __call__(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Returns the blocks of a tensor that leads with the task."""
         if id(tensor) not in self._known:
-            self._known[id(tensor)] = tensor.unbind() if self._size == 1 else tensor.split(self._size)
-        return self._known[id(tensor)]
+            if tensor.shape[:1] != (self._tasks,):
+                raise _other_count(tensor, self._tasks)
+            self._known[id(tensor)] = tensor, tensor.unbind() if self._size == 1 else tensor.split(self._size)
+        return self._known[id(tensor)][1]
 
     def part_of(self, tree: Any, dim: int | None, index: int) -> Any:
         """Returns a pytree's part in one block; what all tasks share as it is."""
         if dim is None:
             return tree
         return pytree.tree_map_only(Tensor, lambda tensor: self(tensor)[index], tree)
+
+
+def _other_count(tensor: Tensor, tasks: int) -> InputError:
+    return InputError(
+        compose_message(
+            f"a tensor of shape {tuple(tensor.shape)}, its tasks leading, among inputs of {tasks} tasks",
+            None,
+            "Whatever `tasks` gives a dimension for tasks has one entry there for each of them.",
+            "Give all of them the same number of tasks, or say None in `tasks` for what all tasks share.",
+        )
+    )
