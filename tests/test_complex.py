@@ -1,5 +1,7 @@
 """Complex parameters: optimizers step on their real and imaginary parts, through views."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -96,3 +98,24 @@ def test_compiled_loops_differentiate_complex_parameters_and_results(name, backe
         found = torch.autograd.grad(outcome, list(state.params.values()))
         expected = expected or found
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_recomputed_loops_differentiate_complex_parameters_and_results(name):
+    """In segments, which are one node of the autograd graph each; for many tasks as well."""
+    torch.manual_seed(0)
+    model = Spectrum()
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), train_step=fit)
+    batches = torch.randn(3, 5, 2, dtype=torch.float64)
+
+    def slopes(of_tasks=None, **options: Any):
+        state = fn.init()
+        state.params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
+        given = batches if of_tasks is None else batches.expand(of_tasks, *batches.shape)
+        outcome = OUTCOMES[name](*fn.unroll(state, given, tasks=of_tasks is not None, **options))
+        return torch.autograd.grad(outcome / (of_tasks or 1), list(state.params.values()))
+
+    expected = slopes()
+    for checkpoint in ("step", 2):
+        torch.testing.assert_close(slopes(checkpoint=checkpoint), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(slopes(2, checkpoint=checkpoint), expected, rtol=1e-10, atol=1e-10)

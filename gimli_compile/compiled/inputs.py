@@ -70,11 +70,6 @@ def in_order(value: Tensor) -> Tensor:
     return value.contiguous()
 
 
-def is_differentiable(value: Tensor) -> bool:
-    """Tells whether a tensor's numbers can have derivatives."""
-    return value.is_floating_point() or value.is_complex()
-
-
 def forms(values: Sequence[Tensor]) -> Any:
     """Returns the forms of tensors."""
     return tuple(map(form, values))

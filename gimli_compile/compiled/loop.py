@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.binding import Bound
-from gimli_compile.compiled.inputs import in_order, is_differentiable
+from gimli_compile.compiled.inputs import in_order
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.metadata import is_differentiable
 
 Tensor = torch.Tensor
 

@@ -17,11 +17,12 @@ import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import LoopInputs
-from gimli_compile.compiled.inputs import build_state, in_order, is_differentiable, layout
+from gimli_compile.compiled.inputs import build_state, in_order, layout
 from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import once, refuse_batched
 from gimli_compile.compiled.native import NativeLoop, capsules, holder_of, tape_of
 from gimli_compile.compiled.planning import Run
+from gimli_compile.metadata import is_differentiable
 from gimli_compile.state import OptState, TrainState
 
 Tensor = torch.Tensor
