@@ -119,3 +119,20 @@ def test_recomputed_loops_differentiate_complex_parameters_and_results(name):
     for checkpoint in ("step", 2):
         torch.testing.assert_close(slopes(checkpoint=checkpoint), expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(slopes(2, checkpoint=checkpoint), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backward", ["forward", "implicit"])
+def test_modes_without_complex_derivatives_say_so(backward):
+    """They left such results out, as if nothing depended on them."""
+    model = Spectrum()
+
+    def loss(model, batch, meta):
+        return (model(batch) * meta).square().mean()
+
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
+    meta, batches = torch.ones((), dtype=torch.float64, requires_grad=True), torch.ones(3, 5, 2, dtype=torch.float64)
+    options: Any = {"implicit": gimli.Implicit(residual=10.0)} if backward == "implicit" else {}
+    with pytest.raises(gimli.CaptureError, match="cannot differentiate in complex numbers"):
+        fn.unroll(fn.init(), batches, meta=meta, backward=backward, **options)
+    with torch.no_grad():
+        fn.unroll(fn.init(), batches, meta=meta, backward=backward, **options)
