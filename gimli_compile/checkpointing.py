@@ -10,6 +10,7 @@ import torch._C._functorch as _functorch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.metadata import is_differentiable
 
 Tensor = torch.Tensor
 
@@ -87,7 +88,7 @@ class _Segment(torch.autograd.Function):
         """Keeps the inputs."""
         ctx.flat = inputs[0]
         ctx.save_for_backward(*inputs[1:])
-        ctx.mark_non_differentiable(*(result for result in output if not result.is_floating_point()))
+        ctx.mark_non_differentiable(*(result for result in output if not is_differentiable(result)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,8 +134,8 @@ def _pull_transformed(flat: Callable[..., Any], saved: Any, wanted: list[int], g
         inputs = list(saved)
         for index, value in zip(wanted, chosen, strict=True):
             inputs[index] = value
-        return tuple(result for result in flat(*inputs) if result.is_floating_point())
+        return tuple(result for result in flat(*inputs) if is_differentiable(result))
 
     with torch.enable_grad():
         pull = torch.func.vjp(run, *(saved[index] for index in wanted))[1]
-    return pull(tuple(grad for grad in grads if grad.is_floating_point()))
+    return pull(tuple(grad for grad in grads if is_differentiable(grad)))

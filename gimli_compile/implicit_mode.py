@@ -214,4 +214,5 @@ def _settles(slot: Slot, dims: int, trained: Collection[str]) -> bool:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(sum(tensor.double().pow(2).sum() for tensor in tensors)) ** 0.5
+    real = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)
+    return float(sum(tensor.double().pow(2).sum() for tensor in real)) ** 0.5

@@ -10,7 +10,7 @@ import torch._C._functorch as _functorch
 from torch.utils import _pytree as pytree
 
 from gimli_compile.checkpointing import distinct
-from gimli_compile.errors import InputError, compose_message
+from gimli_compile.errors import CaptureError, InputError, compose_message
 
 Tensor = torch.Tensor
 
@@ -97,7 +97,10 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        made, kept, constant = call.recipe.forward(call.inputs(tensors), call.needed(ctx.needs_input_grad[1:]))
+        needed = call.needed(ctx.needs_input_grad[1:])
+        made, kept, constant = call.recipe.forward(call.inputs(tensors), needed)
+        if any(needed):
+            _refuse_complex(call.recipe.name, tensors, ctx.needs_input_grad[1:], made)
         results, fixed = call.results(made, tensors, {id(tensor) for tensor in constant})
         leaves, ctx.kept_structure = pytree.tree_flatten(kept)
         saved, ctx.kept_places = distinct([*tensors, *leaves])
@@ -124,6 +127,22 @@ class _Node(torch.autograd.Function):
                 before = total[place]
                 total[place] = grad if before is None else before + grad
         return (None, *_closed(call.recipe.name, total, tensors))
+
+
+def _refuse_complex(name: str, tensors: Sequence[Tensor], needs: Sequence[bool], made: Any) -> None:
+    """Refuses complex numbers that are differentiated, or that the loop computes from what is."""
+    given = set(map(id, tensors))
+    found = [tensor for tensor, is_needed in zip(tensors, needs, strict=True) if is_needed]
+    found += [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor) and id(leaf) not in given]
+    if any(map(torch.is_complex, found)):
+        raise CaptureError(
+            compose_message(
+                f"a loop with backward={name!r} cannot differentiate in complex numbers",
+                None,
+                "What it keeps of the steps are derivatives in real numbers.",
+                'Use backward="reverse", which differentiates in complex numbers as PyTorch does.',
+            )
+        )
 
 
 def _closed(name: str, grads: list[Tensor | None], sources: Sequence[Tensor]) -> list[Tensor | None]:

@@ -17,6 +17,11 @@ from gimli_compile.graph_nodes import add_node
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def is_differentiable(value: torch.Tensor) -> bool:
+    """Tells whether a tensor's numbers can have derivatives."""
+    return value.is_floating_point() or value.is_complex()
+
+
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a fake tensor with the shape, strides, dtype and device of a real one."""
     if tensor.layout is not torch.strided:

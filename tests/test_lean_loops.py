@@ -13,6 +13,7 @@ from torch import nn
 from torch._inductor import config as inductor_config
 from torch.utils import _pytree as pytree
 
+import gimli_compile as gimli
 from gimli_compile.compiled import backends, lean, native, replays
 from gimli_compile.compiled.backends import compile_with_inductor, entry_of
 from gimli_compile.compiled.halves import trace
@@ -446,3 +447,78 @@ def test_a_long_loop_takes_the_memory_of_the_last_one(runs):
     assert events
     assert sum(sizes) < 20 * matrices  # results, their adjoints, copies for each task; the tape has one for each step
     give_memory_back()
+
+
+def one_number(loss):
+    """Returns the functions of a model with a single bias, and the same compiled."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1).double()
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
+    return fn, fn.compile("inductor")
+
+
+def begun(fn):
+    state = fn.init()
+    state.params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
+    return state
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gradients_that_are_negative_only_by_a_bit_of_the_tensor(steps, runs):
+    """The gradient of an imaginary part behind a conjugate: the memory of such a tensor holds the other sign."""
+    fn, fast = one_number(lambda model, batch: model(batch).square().mean())
+    x = torch.randn(steps, 5, 4, dtype=torch.float64)
+
+    def mirrored(value):
+        return (torch.complex(torch.zeros_like(value), value).conj() * (2 + 3j)).real.sum()
+
+    expected: Any = None
+    for of in (lambda last, _: mirrored(last.params["bias"]), lambda _, losses: mirrored(losses)):
+        for which in (fn, fast, fast, fast):
+            state = begun(which)
+            outcome = of(*which.unroll(state, x))
+            found = torch.autograd.grad(outcome, list(state.params.values()))
+            expected = found if which is fn else expected
+            assert_agree(found, expected, 1e-12)
+    assert runs["backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_unsigned_types(dtype, runs):
+    """Their sizes are not those of the types that torch began with."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fn = gimli.functionalize(model, optimizer, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1].long()))
+    fast = fn.compile("inductor")
+    batches = torch.randn(3, 5, 4, dtype=torch.float64), torch.randint(3, (3, 5)).to(dtype)
+    expected: Any = None
+    for which in (fn, fast, fast, fast):
+        state = begun(which)
+        last, losses = which.unroll(state, batches)
+        values = [*last.params.values(), losses]
+        values += torch.autograd.grad(losses.sum(), list(state.params.values()))
+        expected = values if which is fn else expected
+        assert_agree(values, expected, 1e-12)
+    assert runs["backward"] == 2
+
+
+def guess(model, optimizer, batch):
+    optimizer.zero_grad()
+    found = model(batch)
+    found.square().mean().backward()
+    optimizer.step()
+    return found.detach()
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 3), (3, 5, 5)])
+def test_results_of_other_sizes_do_not_stack(sizes):
+    """The driver would read what is behind the smaller ones, or leave out the end of the larger ones."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1).double()
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), train_step=guess)
+    fast = fn.compile("inductor")
+    batches = [torch.randn(size, 4, dtype=torch.float64) for size in sizes]
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="expects each tensor to be equal size"), torch.no_grad():
+            fast.unroll(fast.init(), batches)

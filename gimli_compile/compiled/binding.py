@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from gimli_compile.compiled.functions import CompiledFunction
+from gimli_compile.compiled.inputs import in_order
 from gimli_compile.compiled.steps import HOLDS, StepFunction
 from gimli_compile.metadata import fake_like
 from gimli_compile.slot import CARRIED, HELD, Role, Slot
@@ -130,7 +131,7 @@ class Bound:
             if index in through or slot not in self.after.active:
                 made.append(None)
             elif value is not None:
-                made.append(value.contiguous())
+                made.append(in_order(value))
             else:
                 made.append(_zeros(self._form_of(place)))
         return made

@@ -65,7 +65,9 @@ def layout(slots: tuple[Slot, ...]) -> list[tuple[list[Any], list[int]]]:
 
 def in_order(value: Tensor) -> Tensor:
     """Returns a tensor of which the memory holds the elements themselves, one after the other."""
-    return value.resolve_conj().resolve_neg().contiguous()
+    if value.is_conj() or value.is_neg():
+        value = value.resolve_conj().resolve_neg()
+    return value.contiguous()
 
 
 def forms(values: Sequence[Tensor]) -> Any:

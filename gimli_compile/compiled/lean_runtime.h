@@ -51,8 +51,11 @@ inline To bit_cast(const From& from) {
 }
 
 inline int64_t item_size(int32_t dtype) {
-  constexpr int8_t sizes[] = {1, 1, 2, 4, 8, 2, 4, 8, 4, 8, 16, 1, 1, 1, 4, 2};  // by the number of torch's ScalarType
-  if (dtype < 0 || dtype > 15) throw std::runtime_error("a compiled loop does not know the size of this dtype");
+  constexpr int8_t sizes[] = {1, 1, 2, 4, 8, 2, 4, 8, 4, 8, 16, 1, 1, 1, 4, 2,   // by the number of torch's ScalarType;
+                              0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 4, 8};         // 0: elements of less than a byte
+  if (dtype < 0 || dtype >= static_cast<int32_t>(sizeof(sizes)) || !sizes[dtype]) {
+    throw std::runtime_error("a compiled loop does not know the size of this dtype");
+  }
   return sizes[dtype];
 }
 

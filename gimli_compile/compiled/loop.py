@@ -13,7 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from gimli_compile.compiled.binding import Bound
+from gimli_compile.compiled.inputs import in_order
 from gimli_compile.errors import InputError, compose_message
+from gimli_compile.metadata import is_differentiable
 
 Tensor = torch.Tensor
 
@@ -234,7 +236,7 @@ class CompiledLoop(torch.autograd.Function):
         ctx.record, kept = tape.recorded()
         ctx.save_for_backward(*inputs, *kept)
         still = [value for value, index in zip(results, ctx.made, strict=False) if slots[index] not in active]
-        ctx.mark_non_differentiable(*still, *(value for value in results if not value.is_floating_point()))
+        ctx.mark_non_differentiable(*still, *(value for value in results if not is_differentiable(value)))
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -259,7 +261,7 @@ class CompiledLoop(torch.autograd.Function):
 
 
 def _by_step(grad: Tensor) -> Sequence[Tensor]:
-    return grad.movedim(-1, 0).contiguous().unbind(0)
+    return in_order(grad.movedim(-1, 0)).unbind(0)
 
 
 class _Once(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch._C._aoti as _aoti
 import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.binding import Bound, passed_through
+from gimli_compile.compiled.inputs import forms, in_order
 from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import Adjoints, Ran, Record, Tape, run_backward
 
@@ -38,6 +39,8 @@ class NativeLoop:
         self._entries = [(0, 0, 0)] * len(self._distinct)
         self.through = passed_through(plan)
         self.needs_more = any(bound.step.draws or bound.step.constants for bound in self._distinct)
+        # Results of other forms do not stack, or not as they are: `loop.py` finds out.
+        self._stacks = len({forms(_returned(bound)) for bound in self._distinct}) == 1
 
     @functools.cached_property
     def _tables(self) -> list[Any]:
@@ -56,7 +59,7 @@ class NativeLoop:
         """
         if record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return False
-        return self._have(_SAVING if record and tape.segment is None else _PLAIN)
+        return self._stacks and self._have(_SAVING if record and tape.segment is None else _PLAIN)
 
     def can_run_back(self, segment: int | None) -> bool:
         """Tells whether the driver can run the adjoints of a loop."""
@@ -65,7 +68,8 @@ class NativeLoop:
     def is_complete(self, segment: int | None, *, record: bool) -> bool:
         """Tells whether the driver can run all that such a loop takes, there and back."""
         recomputes = record and segment is not None
-        return self._have(*((_PLAIN,) * (recomputes or not record) + (_SAVING, _BACKWARD) * record))
+        kinds = (_PLAIN,) * (recomputes or not record) + (_SAVING, _BACKWARD) * record
+        return self._stacks and self._have(*kinds)
 
     def arguments(self, segment: int | None) -> tuple[Any, ...]:
         """Returns tables, programs, order and segment, as the driver takes them."""
@@ -88,7 +92,7 @@ class NativeLoop:
             return run_backward(tape, last, stacked)
         final = self.plan[-1]
         adjoints = (final.adjoints_of_carried(last, self.through), final.adjoints_of_shared())
-        by_step = [None if grad is None else grad.movedim(-1, 0).contiguous() for grad in stacked]
+        by_step = [None if grad is None else in_order(grad.movedim(-1, 0)) for grad in stacked]
         given = capsules([*adjoints, by_step])
         found = iter(_tensors([driver().backward(*self.arguments(segment), kept, *given)])[0])
         carried = list(islice(found, len(self.plan[0].before.slots)))
@@ -171,9 +175,14 @@ def _tensors(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [[None if one is None else next(found) for one in part] for part in lists]
 
 
+def _returned(bound: Bound) -> list[Tensor]:
+    """Returns fake tensors of the form of what a step returns."""
+    return [bound.compiled.halves.results[place] for place in bound.returned]
+
+
 def _table(bound: Bound) -> tuple[Any, ...]:
     """Returns the tables of a step, as `step` in the driver takes them."""
-    halves, returned = bound.compiled.halves, [bound.compiled.halves.results[place] for place in bound.returned]
+    halves, returned = bound.compiled.halves, _returned(bound)
     sizes = (bound.pool_size, len(bound.before.slots), len(bound.around.batch))
     results = (len(halves.results), _count_saved(bound), len(halves.found))
     return (

@@ -17,11 +17,12 @@ import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import LoopInputs
-from gimli_compile.compiled.inputs import build_state, layout
+from gimli_compile.compiled.inputs import build_state, in_order, layout
 from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import once, refuse_batched
 from gimli_compile.compiled.native import NativeLoop, capsules, holder_of, tape_of
 from gimli_compile.compiled.planning import Run
+from gimli_compile.metadata import is_differentiable
 from gimli_compile.state import OptState, TrainState
 
 Tensor = torch.Tensor
@@ -88,7 +89,7 @@ class Replay:
         self._count, self._carried = len(made), len(slots)
         kinds = [final.compiled.halves.results[place] for place in final.returned]
         self._still = [index for index, place in enumerate(made) if slots[place] not in final.after.active]
-        self._still += [self._count + i for i, kind in enumerate(kinds) if not kind.is_floating_point()]
+        self._still += [self._count + i for i, kind in enumerate(kinds) if not is_differentiable(kind)]
         flags = call.flags if run.record else (False,) * len(call.tensors)
         self._sources = [place for place, origin in enumerate(order) if isinstance(origin, int) and flags[origin]]
         self._slots, self._names, self._skeleton = slots, layout(slots), final.step.skeleton
@@ -157,7 +158,7 @@ class Replay:
     def backward(self, tape: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Returns the adjoints of what is differentiated, from those of the results."""
         last, returned = grads[: self._count], grads[self._count :]
-        given = [grad.contiguous() for grad in last if grad is not None]
+        given = [in_order(grad) for grad in last if grad is not None]
         given += [self._by_step(grad) for grad in returned if grad is not None]
         made = iter(_aoti.unsafe_alloc_void_ptrs_from_tensors(given))
         capsules_of = [None if grad is None else next(made) for grad in grads]
@@ -168,7 +169,7 @@ class Replay:
         return [None if one is None else next(tensors) for one in found]
 
     def _by_step(self, grad: Tensor) -> Tensor:
-        return (grad[None] if self._single else grad.movedim(-1, 0)).contiguous()
+        return in_order(grad[None] if self._single else grad.movedim(-1, 0))
 
 
 class ReplayedLoop(torch.autograd.Function):
