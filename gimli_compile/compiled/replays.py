@@ -17,7 +17,7 @@ import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.call_reading import Call
 from gimli_compile.compiled.choice import LoopInputs
-from gimli_compile.compiled.inputs import build_state, in_order, layout
+from gimli_compile.compiled.inputs import build_state, layout
 from gimli_compile.compiled.lean import driver
 from gimli_compile.compiled.loop import once, refuse_batched
 from gimli_compile.compiled.native import NativeLoop, capsules, holder_of, tape_of
@@ -157,11 +157,14 @@ class Replay:
 
     def backward(self, tape: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Returns the adjoints of what is differentiated, from those of the results."""
-        last, returned = grads[: self._count], grads[self._count :]
-        given = [in_order(grad) for grad in last if grad is not None]
-        given += [self._by_step(grad) for grad in returned if grad is not None]
-        made = iter(_aoti.unsafe_alloc_void_ptrs_from_tensors(given))
-        capsules_of = [None if grad is None else next(made) for grad in grads]
+        given = [grad for grad in grads[: self._count] if grad is not None]
+        given += [self._by_step(grad) for grad in grads[self._count :] if grad is not None]
+        if any(map(Tensor.is_neg, given)):  # none is complex
+            given = list(map(Tensor.resolve_neg, given))
+        capsules_of: list[Any] = _aoti.unsafe_alloc_void_ptrs_from_tensors(list(map(Tensor.contiguous, given)))
+        if len(given) < len(grads):
+            made = iter(capsules_of)
+            capsules_of = [None if grad is None else next(made) for grad in grads]
         found = driver().play_back(self._native, tape, capsules_of[: self._count], capsules_of[self._count :])
         if None not in found:
             return _aoti.alloc_tensors_by_stealing_from_void_ptrs(found)
@@ -169,7 +172,7 @@ class Replay:
         return [None if one is None else next(tensors) for one in found]
 
     def _by_step(self, grad: Tensor) -> Tensor:
-        return in_order(grad[None] if self._single else grad.movedim(-1, 0))
+        return grad[None] if self._single else grad.movedim(-1, 0)
 
 
 class ReplayedLoop(torch.autograd.Function):
@@ -178,8 +181,8 @@ class ReplayedLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, replay: Replay, results: list[Tensor], kept: list[Tensor], *inputs: Tensor) -> Any:
         """Returns what the driver made."""
-        ctx.replay = replay
-        ctx.save_for_backward(*inputs, *kept)
+        ctx.replay, ctx.inputs = replay, inputs
+        ctx.save_for_backward(*kept)
         still = replay.still(results)
         if still:
             ctx.mark_non_differentiable(*still)
@@ -190,13 +193,12 @@ class ReplayedLoop(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Runs the adjoints of the steps."""
         refuse_batched(grads)
-        *kept, holder = ctx.saved_tensors
+        holder = ctx.saved_tensors[-1]
         if not torch.is_grad_enabled():
             return (None, None, None, *ctx.replay.backward(tape_of(holder), grads))
         with torch.no_grad():
             found = ctx.replay.backward(tape_of(holder), grads)
-        inputs = kept[: len(found)]
-        return (None, None, None, *(once(grad, inputs) for grad in found))
+        return (None, None, None, *(once(grad, ctx.inputs) for grad in found))
 
 
 # No transform of torch.func is active, which is what `ReplayedLoop.apply` would look for.

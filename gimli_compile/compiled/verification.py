@@ -96,19 +96,18 @@ def _size(value: Tensor) -> float:
 
 
 def _tolerances(module: fx.GraphModule) -> list[float]:
-    """Returns how far each result may be off: what is computed from coarser values is as exact as they."""
+    """Returns how far each result may be off: a float64 number that float32 tensors add up to is as exact as they.
+
+    What comes of lower precision is compared with what the graph makes of values that are off by some roundings.
+    """
     coarsest: dict[fx.Node, float] = {}
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        own = _own_tolerance(value.dtype) if isinstance(value, torch.Tensor) else 0.0
+        own = _TOLERANCE.get(value.dtype, 0.0) if isinstance(value, torch.Tensor) else 0.0
         inherited = max((coarsest[source] for source in node.all_input_nodes), default=0.0)
         coarsest[node] = max(inherited, own)
     output = next(iter(module.graph.find_nodes(op="output")))
     return [coarsest[result] for result in output.args[0]]
-
-
-def _own_tolerance(dtype: torch.dtype) -> float:
-    return _TOLERANCE.get(dtype, _LOW) if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def _agree(found: Tensor, expected: Tensor, inherited: float) -> bool:
@@ -120,7 +119,7 @@ def _agree(found: Tensor, expected: Tensor, inherited: float) -> bool:
     if not torch.equal(found[~finite].nan_to_num(), expected[~finite].nan_to_num()):
         return False
     scale = float(expected[finite].abs().max()) if bool(finite.any()) else 0.0
-    return _distance(found[finite], expected[finite]) <= max(inherited, _own_tolerance(expected.dtype)) * scale
+    return _distance(found[finite], expected[finite]) <= max(inherited, _TOLERANCE.get(expected.dtype, _LOW)) * scale
 
 
 def _distance(first: Tensor, second: Tensor) -> float:
