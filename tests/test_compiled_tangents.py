@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, cast
-
 import pytest
 import torch
-from live_training import hyper_error, normal, objective, relative_error, squared_error, with_optimizer
-from mode_cases import CASES, EVERY, OPTIMIZERS
+from live_training import normal, relative_error, with_optimizer
+from mode_cases import CASES, OPTIMIZERS
 from torch.utils import _pytree as pytree
 
 import gimli_compile as gimli
@@ -16,42 +13,10 @@ from gimli_compile.compiled.backends import has_compiler
 from gimli_compile.compiled.tangent_steps import TangentSteps
 from tests import test_implicit_mode as implicit_mode
 from tests.test_compiled_loops import Case, adamw, assert_agree, normalized
-from tests.test_forward_mode import few_inputs, gradients
+from tests.test_forward_mode import gradients
 from tests.test_forward_refusals import TRAININGS
 
 META = implicit_mode.META
-
-
-@pytest.mark.parametrize(("case", "optimizer"), EVERY)
-def test_the_gradients_are_those_of_reverse(case, optimizer):
-    training = with_optimizer(CASES[case], OPTIMIZERS[optimizer])
-    _, _, fn = training.functionalized()
-    expected = gradients(training, fn)
-    scale = max(float(grad.abs().max()) for grad in expected)
-    for got, wanted in zip(gradients(training, fn.compile("eager"), backward="forward"), expected, strict=True):
-        assert float((got - wanted).abs().max()) <= 1e-10 * max(scale, 1.0)
-
-
-@pytest.mark.parametrize("path", ["groups.0.lr", "groups.0.betas.1"])
-def test_gradients_equal_differences_of_the_live_loop(path):
-    training = with_optimizer(CASES["weighted"], OPTIMIZERS["adamw"])
-    _, _, fn = training.functionalized()
-    state, hyper, meta, _ = few_inputs(training, fn)
-    torch.manual_seed(training.seed)
-    state, losses = fn.compile("eager").unroll(state, training.batches, hyper, meta, backward="forward")
-    objective(state.params, losses).backward()
-    grads = {f"hyper.{name}": leaf.grad for name, leaf in hyper.by_path().items()}
-    assert hyper_error(training, path, grads) <= 1e-6
-
-
-@pytest.mark.parametrize("options", [{"order": 1}, {"truncate": 2}], ids=["first_order", "truncated"])
-def test_with_other_options(options):
-    training = CASES["weighted"]
-    _, _, fn = training.functionalized()
-    expected = gradients(training, fn, **options)
-    got = gradients(training, fn.compile("eager"), backward="forward", **options)
-    for own, wanted in zip(got, expected, strict=True):
-        assert relative_error(own, wanted) <= 1e-10
 
 
 @pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
@@ -91,37 +56,6 @@ def test_many_tasks_with_noise(dims):
     expected = run(fn)
     for found, wanted in zip(run(fn.compile("eager"), backward="forward"), expected, strict=True):
         assert_agree(found, wanted, 1e-10)
-
-
-def test_whole_steps():
-    def train_step(model, optimizer, batch):
-        optimizer.zero_grad()
-        loss = squared_error(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        return {"size": len(batch), "loss": loss}
-
-    plain = CASES["mlp"]
-    _, _, fn = replace(plain, train_step=train_step).functionalized()
-
-    def rate_gradient(one, **options: Any) -> torch.Tensor:
-        hyper = fn.hyperparameters()
-        rate = hyper[0]["lr"].requires_grad_()
-        state, made = cast(Any, one.unroll(fn.init(), plain.batches, hyper, **options))
-        assert made["size"] == 2
-        return torch.autograd.grad(objective(state.params, made["loss"]), rate)[0]
-
-    assert relative_error(rate_gradient(fn.compile("eager"), backward="forward"), rate_gradient(fn)) <= 1e-11
-
-
-def test_without_anything_to_differentiate_it_is_a_plain_loop():
-    plain = CASES["mlp"]
-    _, _, fn = plain.functionalized()
-    expected, losses = fn.unroll(fn.init(), plain.batches)
-    state, again = fn.compile("eager").unroll(fn.init(), plain.batches, backward="forward")
-    assert torch.equal(losses, again) and not again.requires_grad
-    assert all(torch.equal(value, expected.params[name]) for name, value in state.params.items())
 
 
 def test_one_program_for_all_steps_and_all_numbers(monkeypatch):

@@ -14,9 +14,11 @@ from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.binding import Around, Carried, pool_slots, slots_after
 from gimli_compile.compiled.choice import Choice, LoopInputs, Place, capture_step
 from gimli_compile.compiled.functions import Builder, CompiledFunction
+from gimli_compile.compiled.halves import trace
 from gimli_compile.compiled.inputs import build_state, in_order, state_slots, state_values
 from gimli_compile.compiled.planning import Run, unsettled
 from gimli_compile.compiled.steps import HOLDS, StepFunction
+from gimli_compile.compiled.tidying import with_reshapes
 from gimli_compile.forward_derivatives import jvp
 from gimli_compile.loop_labels import state_slots as slots_of_state
 from gimli_compile.records import opened
@@ -85,12 +87,11 @@ class TangentSteps:
     ) -> CompiledFunction:
         check_constants(step.constants.values())
         step.check_derivatives(frozenset(along))
-        lanes = None
-        if inputs.dims is not None:
-            lanes = tuple(map(inputs.lane_of, (*step.inputs, *along)))
-        pushed = _Pushed(step, along) if along else step
-        options: dict[str, Any] = {"summed": frozenset(), "lanes": lanes, "build": self._build}
+        pushed: Any = _Pushed(step, along) if along else step
+        options: dict[str, Any] = {"summed": frozenset(), "lanes": None, "build": self._build}
         with refused_operator(lambda: step.programs):
+            if inputs.dims is not None:
+                pushed = _over_tasks(pushed, tuple(map(inputs.lane_of, (*step.inputs, *along))), values)
             return CompiledFunction(pushed, values, (), what=f"{step.title}, with tangents", **options)
 
 
@@ -115,6 +116,12 @@ class _Pushed:
 
         tangents = torch.func.vmap(push)(*given[len(values) :])
         return [*self.step(*given[: len(values)]), *tangents]
+
+
+def _over_tasks(function: Any, lanes: tuple[int | None, ...], examples: list[Tensor]) -> Any:
+    """Maps a function over tasks; its graph for one has views, which the layouts of many may not allow."""
+    single = [value if lane is None else value.select(lane, 0) for value, lane in zip(examples, lanes, strict=True)]
+    return torch.func.vmap(with_reshapes(trace(function, single)), in_dims=lanes)
 
 
 def _with_task_first(tangent: Tensor, lane: int | None) -> Tensor:
