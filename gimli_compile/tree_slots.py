@@ -65,7 +65,7 @@ class Returned:
         tensors = {slot: leaf for slot, (_, leaf) in zip(slots, pairs, strict=True) if slot is not None}
         return Returned(pytree.tree_structure(tree), fixed, slots), tensors
 
-    def assemble(self, results: Mapping[Slot, torch.Tensor]) -> Any:
+    def assemble(self, results: Mapping[Slot, Any]) -> Any:
         """Returns the pytree with a program's results in it."""
         leaves = [value if slot is None else results[slot] for slot, value in zip(self.slots, self.fixed, strict=True)]
         if self.structure.is_leaf():

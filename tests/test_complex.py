@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gimli_compile as gimli
+from gimli_compile.compiled.backends import has_compiler
 
 MAKERS = {
     "Adam": lambda params: torch.optim.Adam(params, lr=0.1),
@@ -81,6 +82,7 @@ OUTCOMES = {
 }
 
 
+@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", OUTCOMES)
 @pytest.mark.parametrize("steps", [1, 3])

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gimli_compile as gimli
 from gimli_compile.compiled import device_graphs
+from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.choice import LoopInputs
 from gimli_compile.compiled.device_graphs import numbers_on_device
 from tests.test_compiled_loops import CASES, Case, adamw, assert_agree, differentiated, held
@@ -318,7 +319,7 @@ def test_numbers_go_to_the_device(monkeypatch):
     fn = Case(optimizer=Counting).functionalized()
     fn.unroll(fn.init(), Case().batches())
     state, rate = fn.init(), torch.tensor(0.1, requires_grad=True)
-    inputs = LoopInputs([], {"groups.0.lr": rate}, None, 2, None)  # type: ignore[arg-type]
+    inputs = LoopInputs(Batches([torch.zeros(1)], 0), {"groups.0.lr": rate}, None, 2, None)
     assert numbers_on_device(state, inputs) == (state, inputs)
     state.params = {name: value.to("meta") for name, value in state.params.items()}
     moved_state, found = numbers_on_device(state, inputs)

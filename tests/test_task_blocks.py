@@ -89,8 +89,10 @@ def test_the_size_divides_the_tasks_and_fits_the_bytes(of, monkeypatch):
 
 
 def test_large_convolutions_run_one_task_at_a_time(of, monkeypatch):
-    model = lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 3))  # noqa: E731
-    case = Case(model=model, tasks=4)
+    def convolving():
+        return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(4, 3))
+
+    case = Case(model=convolving, tasks=4)
     chosen = of(1 << 30)
     check(case, "eager", 1e-12)
     assert set(chosen) == {None}

@@ -91,7 +91,7 @@ class StepFunction:
         """What the programs are, for messages."""
         return ", then ".join(program.title for program in self.programs)
 
-    def assemble(self, returned: Sequence[Tensor]) -> Any:
+    def assemble(self, returned: Sequence[Any]) -> Any:
         """Returns the loss, or what a whole train step returns, from the results that are neither state nor `HOLDS`."""
         if self.variant.returned is None:
             return returned[0]

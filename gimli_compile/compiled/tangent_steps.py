@@ -170,7 +170,7 @@ class TangentLoop:
         tangents |= taken.tangents
         returned = [slot for slot in step.results if slot not in slots and slot != HOLDS and slot.role not in CARRIED]
         loss = opened(step.assemble([taken.values[slot] for slot in returned]))
-        of_loss = pytree.tree_leaves(opened(step.assemble([tangents.get(slot) for slot in returned])))  # type: ignore[misc]
+        of_loss = pytree.tree_leaves(opened(step.assemble([tangents.get(slot) for slot in returned])))
         of_state = [tangents.get(slot) for slot in slots_of_state(after)]
         found = enumerate([*of_state, *of_loss])
         return after, loss, {number: one for number, one in found if isinstance(one, Tensor)}
