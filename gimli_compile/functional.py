@@ -33,20 +33,19 @@ from gimli_compile.evaluation import evaluate
 from gimli_compile.example_steps import example_table, used_paths
 from gimli_compile.hyper_values import HyperReader
 from gimli_compile.implicit_mode import Implicit
+from gimli_compile.inspection import Inspection
 from gimli_compile.kept_attributes import keep_attributes
 from gimli_compile.lazy_modules import initialize_lazy_modules
 from gimli_compile.loop_options import LoopOptions, loop_options
 from gimli_compile.loop_plan import Plan
 from gimli_compile.loop_steps import LoopSteps
 from gimli_compile.loss_table import Asked, LossTable
+from gimli_compile.meta_gradients import Asked as GradientAsked
+from gimli_compile.meta_gradients import meta_gradient
 from gimli_compile.method_view import MethodView
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
-from gimli_compile.programs import Programs
 from gimli_compile.protocol import choose_protocol
-from gimli_compile.recording import Baked
-from gimli_compile.requirement_capture import capture_for_requirements
-from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows, gradients_of, put_gradients
 from gimli_compile.schedulers import Schedulers, check_objects, check_schedulers
@@ -56,10 +55,8 @@ from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.step_capture import capture_step
 from gimli_compile.step_view import StepView
 from gimli_compile.stepping import SplitStepper, StepInputs, WholeStepper
-from gimli_compile.symbolic_rule import UpdateRule, derive_update_rule
 from gimli_compile.tasks import Loop, Tasks, state_of_one_task
 from gimli_compile.train_steps import DefaultStep, UserStep
-from gimli_compile.transforms import is_differentiated
 from gimli_compile.unrolling import unroll_steps
 from gimli_compile.update_table import UpdateTable
 from gimli_compile.update_values import UpdateInputs
@@ -68,7 +65,7 @@ LossFunction = Callable[..., torch.Tensor]
 TrainStep = Callable[..., Any]
 
 
-class Functional:
+class Functional(Inspection):
     """The functions of one model and optimizer: see `functionalize`.
 
     Programs are captured on first use and again, by themselves, for inputs of another form, for another structure of
@@ -327,50 +324,41 @@ class Functional:
         self.last_plan = steps.plan
         return made
 
-    # ------------------------------------------------------------------ looking and writing back
+    def meta_gradient(
+        self,
+        state: TrainState,
+        batches: Any,
+        held_out: Any,
+        hyper: Hyperparameters | None = None,
+        meta: Any = None,
+        *,
+        inputs: Any,
+        allow_unused: bool = False,
+        **options: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """Returns the loss on held-out data after J inner steps (0-dim, detached), and its gradient.
 
-    @property
-    def programs(self) -> Programs:
-        """The captured programs by name, with all variants: "forward", "loss", "grad", "update", "step"."""
-        whole = self._stepper.table if isinstance(self._stepper, WholeStepper) else None
-        if self._protocol is not None and self._protocol.is_plain:
-            self._example_table()
-        return Programs(self._losses, self._updates, whole)
-
-    def update_rule(self, variant: int | None = None, parameter: str | None = None) -> UpdateRule:
-        """Returns the update of one element of a parameter as formulas (sympy), read off the captured program.
-
-        `variant` counts the variants of `programs["update"]` from 0, and is by default one that steps with state take;
-        `parameter` is by default the first trained one.
-        """
-        check_plain(self._protocol, kind_of(self._view.optimizer))
-        return derive_update_rule(self.programs["update"].variants, variant, parameter)
-
-    def requirements(
-        self, hyper: Hyperparameters | None = None, meta: Any = None, state: TrainState | None = None, batch: Any = None
-    ) -> Requirements:
-        """Decides the requirements for meta-learning (Gimli, section 2.4) on the captured programs.
+        That is `unroll`, then `loss`, then `torch.autograd.grad` (Gimli, Algorithm 1); small compiled loops are faster
+        at once.
 
         Args:
-            hyper: hyperparameters; those that require a gradient are those to be learned. The live ones by default.
-            meta: the third argument of the loss.
-            state: where training starts; `init()` by default.
-            batch: a batch to capture the loss on. By default the loss that `step` captured last.
+            state: where training starts.
+            batches: those of the J steps, as for `unroll`.
+            hyper: hyperparameters; the live ones by default.
+            meta: the third argument of the loss, in the steps and after them.
+            held_out: the batch of the loss; with `tasks`, it leads with the task, and the loss is the mean over tasks.
+            inputs: a pytree of tensors that require a gradient, from which state, hyper, meta or batches are made.
+            allow_unused: an input that the loss does not depend on has zeros, and is not refused.
+            options: those of `unroll`: `tasks`, `backward`, `checkpoint`, `order`, `truncate`, `implicit`, `memory`.
 
-        Returns:
-            The verdicts, with the operators and source lines that cut gradients; print it to read it.
+        Raises:
+            InputError: there is no loss function, or no gradient in an input.
         """
-        check_plain(self._protocol, kind_of(self._view.optimizer))
-        values = self._hyper_values(hyper)
-        start = self.init() if state is None else state
-        captured = capture_for_requirements(self._losses, self._updates, start, values, self._trained, batch, meta)
-        wanted = [path for path, value in values.items() if hyper is not None and is_differentiated(value)]
-        return decide_requirements(captured, [*self.hyperparameters().by_path()], wanted)
+        check_has_loss(self.loss_fn)
+        asked = GradientAsked(state, batches, held_out, hyper, meta, inputs, allow_unused, options)
+        return meta_gradient(self, self._compiler, asked)
 
-    def report(self) -> list[Baked]:
-        """Returns what became a constant of the captured programs: numbers, values found by search; with the lines."""
-        whole = self._stepper.table.variants if isinstance(self._stepper, WholeStepper) else []
-        return [entry for variant in (*self._updates.variants, *whole) for entry in variant.baked]
+    # ------------------------------------------------------------------ writing back
 
     def load_into(
         self,

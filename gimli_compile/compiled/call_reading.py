@@ -79,6 +79,19 @@ class CallReader:
         state = (asked.params, asked.buffers)
         return self._read(state, asked.batch, (None, asked.meta), (tasks is True, type(tasks)), None, leads=False)
 
+    def besides(self, held_out: Any, meta: Any) -> tuple[Any, list[Tensor]] | None:
+        """Reads what the loss after a loop is given besides the last state: no tensor of a batch is differentiated."""
+        tensors: list[Tensor] = []
+        try:
+            key = _open(held_out, tensors)
+            if any(map(_is_differentiated, tensors)):
+                return None
+            _open(meta, tensors)
+        except _OtherKindError:
+            return None
+        plain = _TENSORS.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
+        return (key, tensors) if plain else None
+
     def _read(
         self, state: Any, batches: Any, others: tuple[Any, Any], options: Any, live: Any, *, leads: bool
     ) -> Call | None:

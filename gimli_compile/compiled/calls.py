@@ -14,6 +14,7 @@ from gimli_compile.compiled.call_reading import Call, CallReader
 from gimli_compile.compiled.choice import LoopInputs, StepChoice
 from gimli_compile.compiled.forwarding import ForwardChoice, forward_compiled
 from gimli_compile.compiled.loop import refuse_transforms
+from gimli_compile.compiled.meta_gradients import GradientLoops
 from gimli_compile.compiled.mixed_steps import MixedSteps
 from gimli_compile.compiled.unrolling import LoopCompiler
 from gimli_compile.errors import InputError
@@ -48,6 +49,7 @@ class Compiler:
         self.forwards = LoopCompiler(ForwardChoice(losses, is_loss=False), backend, **options)
         self.losses = LoopCompiler(ForwardChoice(losses, is_loss=True), backend, **options)
         self.reader = reader
+        self.gradients = GradientLoops(reader, self.loops, self.losses)
 
 
 def _records(mode: str | None) -> bool:

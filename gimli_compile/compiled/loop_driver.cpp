@@ -7,6 +7,7 @@
 
 #include "loop_steps.h"
 #include "loop_replays.h"
+#include "loop_gradients.h"
 
 namespace {
 
@@ -97,6 +98,7 @@ void append_all(PyObject* list, const Values& values) {
 constexpr const char* STEP = "gimli_compile.step";
 constexpr const char* TAPE = "gimli_compile.tape";
 constexpr const char* REPLAY = "gimli_compile.replay";
+constexpr const char* GRADIENT = "gimli_compile.gradient";
 
 Loop loop_of(PyObject* steps, PyObject* programs, PyObject* order, PyObject* segment) {
   Loop loop;
@@ -257,20 +259,30 @@ PyObject* make_replay(PyObject* given) {
   return capsule_of(std::move(replay), REPLAY);
 }
 
+// What calls like an earlier one are given: tensors of these forms, or it does not fit.
+template <typename FormAt>
+Values given_values(PyObject* capsules, size_t count, bool& fits, FormAt form_at) {
+  static const Form none;
+  size_t index = 0;
+  Values all = read_all<Value>(capsules, [&](PyObject* capsule) {
+    void* pointer = PyCapsule_GetPointer(capsule, nullptr);
+    if (!pointer) throw PythonError();
+    const Form& form = index < count ? form_at(index) : none;
+    ++index;
+    return given_as(static_cast<AtenTensorHandle>(pointer), form, fits);
+  });
+  fits &= index == count;
+  return all;
+}
+
 // play(replay, given) -> None, if something has another form or a condition does not hold; else (results, kept, tape):
 // what is carried on, then what the steps returned; and the places of what the tape shares with Python.
 PyObject* play(PyObject* given) {
   const Replay& replay = in_capsule<const Replay>(item(given, 0), REPLAY);
   bool fits = true;
-  size_t index = 0;
-  const Values all = read_all<Value>(item(given, 1), [&](PyObject* capsule) {
-    void* pointer = PyCapsule_GetPointer(capsule, nullptr);
-    if (!pointer) throw PythonError();
-    static const Form none;
-    const Form& form = index < replay.given.size() ? replay.given[index++] : none;
-    return given_as(static_cast<AtenTensorHandle>(pointer), form, fits);
-  });
-  if (!fits || all.size() != replay.given.size()) Py_RETURN_NONE;
+  auto form_at = [&](size_t index) -> const Form& { return replay.given[index]; };
+  const Values all = given_values(item(given, 1), replay.given.size(), fits, form_at);
+  if (!fits) Py_RETURN_NONE;
   auto tape = std::make_unique<Tape>();
   Outcome outcome;
   {
@@ -304,6 +316,35 @@ PyObject* play_back(PyObject* given) {
   }
   Object tensors = list();
   append_all(tensors.get(), found);
+  return tensors.release();
+}
+
+// gradient(loop, loss, routes, through, seed) -> what `play_gradient` takes: see `Gradient`. Both replays have to outlive it.
+PyObject* make_gradient(PyObject* given) {
+  const Replay& loop = in_capsule<const Replay>(item(given, 0), REPLAY);
+  const Replay& loss = in_capsule<const Replay>(item(given, 1), REPLAY);
+  auto made = std::make_unique<Gradient>(loop, loss, places(item(given, 2)), places(item(given, 3)), value_of(item(given, 4)));
+  return capsule_of(std::move(made), GRADIENT);
+}
+
+// play_gradient(gradient, given) -> [loss, adjoints...]; None if something that is given has another form or a condition
+// does not hold; False if what the programs gave has
+PyObject* play_gradient(PyObject* given) {
+  const Gradient& gradient = in_capsule<const Gradient>(item(given, 0), GRADIENT);
+  bool fits = true;
+  auto form_at = [&](size_t index) -> const Form& { return gradient.form(index); };
+  const Values all = given_values(item(given, 1), gradient.given(), fits, form_at);
+  if (!fits) Py_RETURN_NONE;
+  Gradients made;
+  {
+    const WithoutGil released;
+    made = gradients_of(gradient, all);
+  }
+  if (made.how == Gradients::OTHER_CONDITIONS) Py_RETURN_NONE;
+  if (made.how == Gradients::OTHER_FORMS) Py_RETURN_FALSE;
+  Object tensors = list();
+  append(tensors.get(), copy_of(made.loss));
+  append_all(tensors.get(), made.found);
   return tensors.release();
 }
 
@@ -345,6 +386,8 @@ PyMethodDef methods[] = {{"step", guarded<make_step>, METH_VARARGS, "Returns the
                          {"replay", guarded<make_replay>, METH_VARARGS, "Returns the tables of a loop for `play`."},
                          {"play", guarded<play>, METH_VARARGS, "Runs a loop like one that ran before."},
                          {"play_back", guarded<play_back>, METH_VARARGS, "Runs its adjoints."},
+                         {"gradient", guarded<make_gradient>, METH_VARARGS, "Returns the tables for `play_gradient`."},
+                         {"play_gradient", guarded<play_gradient>, METH_VARARGS, "Runs a loop, a loss, and adjoints."},
                          {"contents", guarded<contents>, METH_VARARGS, "Returns the tensors of a tape."},
                          {"empty", guarded<empty_pool>, METH_VARARGS, "Gives back to torch what the pool keeps."},
                          {nullptr, nullptr, 0, nullptr}};

@@ -79,30 +79,39 @@ class Replay:
         final = plan.plan[-1]
         self.token = call.token
         self.plan = plan
-        self._record, self._single = run.record, single
-        self._more = [value for value in order if isinstance(value, Tensor)]
-        more = iter(range(len(call.tensors), len(call.tensors) + len(self._more)))
-        self._pick = _picking([place if isinstance(place, int) else next(more) for place in order])
+        self.record, self._single = run.record, single
+        self.more = [value for value in order if isinstance(value, Tensor)]
+        more = iter(range(len(call.tensors), len(call.tensors) + len(self.more)))
+        self.origins = [place if isinstance(place, int) else next(more) for place in order]
+        self._pick = _picking(self.origins)
         self._tasks = run.lanes if call.leads else None
-        self._through, slots = plan.through, final.after.slots
-        made = [place for place in range(len(slots)) if place not in plan.through]
-        self._count, self._carried = len(made), len(slots)
-        kinds = [final.compiled.halves.results[place] for place in final.returned]
-        self._still = [index for index, place in enumerate(made) if slots[place] not in final.after.active]
-        self._still += [self._count + i for i, kind in enumerate(kinds) if not is_differentiable(kind)]
+        self.through, slots = plan.through, final.after.slots
+        self.made = [place for place in range(len(slots)) if place not in plan.through]
+        self._count, self.carried = len(self.made), len(slots)
+        self.kinds = [final.compiled.halves.results[place] for place in final.returned]
+        self._still = [index for index, place in enumerate(self.made) if slots[place] not in final.after.active]
+        self._still += [self._count + i for i, kind in enumerate(self.kinds) if not is_differentiable(kind)]
         flags = call.flags if run.record else (False,) * len(call.tensors)
-        self._sources = [place for place, origin in enumerate(order) if isinstance(origin, int) and flags[origin]]
+        self.sources = [place for place, origin in enumerate(order) if isinstance(origin, int) and flags[origin]]
         self._slots, self._names, self._skeleton = slots, layout(slots), final.step.skeleton
         self._assemble = final.step.assemble
         parts = run.batches[0] if run.batches else []
         adjoints = (final.adjoints_of_carried([None] * len(slots), plan.through), final.adjoints_of_shared())
-        given, parts, *adjoints = capsules([self._pick([*call.tensors, *self._more]), parts, *adjoints])
-        self._native = driver().replay(
+        given, parts, *adjoints = capsules([self.picked(call.tensors), parts, *adjoints])
+        self.native = driver().replay(
             *plan.arguments(run.segment),
             *(int(run.record), int(not single), len(run.carried), len(run.shared)),
             *(given, self._tasks or 0, inputs.batches.dim if inputs.batches.is_uniform else -1),
-            *(parts, made, self._sources, *adjoints),
+            *(parts, self.made, self.sources, *adjoints),
         )
+
+    def picked(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns what the driver is given, of the tensors of a call."""
+        return self._pick([*tensors, *self.more])
+
+    def places_of_model(self) -> list[int]:
+        """Returns where parameters and buffers are in what is carried on, in the order of the last state."""
+        return [place for _, places in self._names[:2] for place in places]
 
     def fits(self, call: Call) -> bool:
         """Tells whether the live objects hold what they held when the loop ran."""
@@ -110,7 +119,7 @@ class Replay:
 
     def refit(self, call: Call, plan: NativeLoop) -> bool:
         """Takes what the live objects hold now for what they held, where only that changed; tells whether it did."""
-        if plan is not self.plan or self._more:
+        if plan is not self.plan or self.more:
             return False
         self.token = call.token
         return True
@@ -118,20 +127,20 @@ class Replay:
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[TrainState, Any] | None:
         """Runs the loop on the tensors of a call; returns nothing where it has to run in another way."""
         # Hooks on saved tensors see those of the loop in Python.
-        if self._record and _autograd._top_saved_tensors_default_hooks(True) is not None:
+        if self.record and _autograd._top_saved_tensors_default_hooks(True) is not None:
             return None
-        given = list(self._pick([*tensors, *self._more]))
-        found = driver().play(self._native, _aoti.unsafe_alloc_void_ptrs_from_tensors(given))
+        given = list(self.picked(tensors))
+        found = driver().play(self.native, _aoti.unsafe_alloc_void_ptrs_from_tensors(given))
         if found is None and not all(map(Tensor.is_contiguous, given)):
             given = list(map(Tensor.contiguous, given))
-            found = driver().play(self._native, _aoti.unsafe_alloc_void_ptrs_from_tensors(given))
+            found = driver().play(self.native, _aoti.unsafe_alloc_void_ptrs_from_tensors(given))
         if found is None:
             return None
         results: Sequence[Tensor] = _aoti.alloc_tensors_by_stealing_from_void_ptrs(found[0])
-        if self._record:
+        if self.record:
             results = _apply(self, results, [*(given[place] for place in found[1]), holder_of(found[2])], given)
         made = iter(results)
-        last = [self._passed(given, place) if place in self._through else next(made) for place in range(self._carried)]
+        last = [self._passed(given, place) if place in self.through else next(made) for place in range(self.carried)]
         return self._state(last), self._assemble(list(made))
 
     def _state(self, values: list[Tensor]) -> TrainState:
@@ -144,12 +153,12 @@ class Replay:
         return TrainState(params, buffers, OptState(self._skeleton, state))
 
     def _passed(self, given: Sequence[Tensor], place: int) -> Tensor:
-        value = given[self._through[place]]
+        value = given[self.through[place]]
         return value if self._tasks is None else value.expand(self._tasks, *value.shape)
 
     def differentiated(self, given: Sequence[Tensor]) -> list[Tensor]:
         """Returns those of what the driver is given that are differentiated."""
-        return [given[place] for place in self._sources]
+        return [given[place] for place in self.sources]
 
     def still(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Returns the results that do not depend on what is differentiated."""
@@ -165,7 +174,7 @@ class Replay:
         if len(given) < len(grads):
             made = iter(capsules_of)
             capsules_of = [None if grad is None else next(made) for grad in grads]
-        found = driver().play_back(self._native, tape, capsules_of[: self._count], capsules_of[self._count :])
+        found = driver().play_back(self.native, tape, capsules_of[: self._count], capsules_of[self._count :])
         if None not in found:
             return _aoti.alloc_tensors_by_stealing_from_void_ptrs(found)
         tensors = iter(_aoti.alloc_tensors_by_stealing_from_void_ptrs([one for one in found if one is not None]))

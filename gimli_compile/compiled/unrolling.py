@@ -49,8 +49,13 @@ class LoopCompiler:
 
     def replay(self, call: Call | None) -> tuple[TrainState, Any] | None:
         """Returns what `unroll` does, if it ran for such a call before, and the driver can run it alone."""
-        known = None if call is None else self._replays.get(call.key)
-        return None if known is None or call is None or not known.fits(call) else known(call.tensors)
+        known = None if call is None else self.known(call)
+        return None if known is None or call is None else known(call.tensors)
+
+    def known(self, call: Call) -> Replay | None:
+        """Returns what replays a call; None where such a call did not run before, or cannot be replayed."""
+        found = self._replays.get(call.key)
+        return None if found is None or not found.fits(call) else found
 
     def together(self, state: TrainState, inputs: LoopInputs) -> int | None:
         """Returns how many tasks run together; None if all do."""
