@@ -14,7 +14,13 @@ FEW = 8  # elements of all meta-parameters up to which forward mode is meant
 
 
 def meta_gradient(
-    problem: Problem, *, backend: str | None = None, mode: str | None = None, only: str | None = None, **options: Any
+    problem: Problem,
+    *,
+    backend: str | None = None,
+    mode: str | None = None,
+    only: str | None = None,
+    at_once: bool = False,
+    **options: Any,
 ) -> Run:
     """Unrolls with the options, on the live objects' programs or on compiled ones.
 
@@ -23,6 +29,7 @@ def meta_gradient(
         backend: that of `fn.compile`; None for the programs as they are.
         mode: that of `fn.compile`: "reduce-overhead" for CUDA graphs.
         only: differentiates in this group alone ("hyper" for forward mode).
+        at_once: by `fn.meta_gradient`, instead of `unroll`, `loss` and autograd.
         options: those of `fn.unroll`.
 
     Raises:
@@ -40,16 +47,20 @@ def meta_gradient(
     tasks = problem.workload.tasks is not None
     start, numbers = problem.variables(only=wanted)
 
+    groups = {name: group for name, group in wanted_groups(problem, start, numbers).items() if name in wanted}
+
     def run() -> dict[str, Any]:
-        state = gimli.TrainState(start, buffers, opt_state)
+        given = gimli.TrainState(start, buffers, opt_state), problem.batches
         hyper = _with_numbers(template, numbers)
         try:
-            state, _ = runner.unroll(state, problem.batches, hyper, tasks=tasks, **options)
+            if at_once:
+                more: dict[str, Any] = {"inputs": groups, "allow_unused": True, "tasks": tasks, **options}
+                loss, grads = runner.meta_gradient(*given, problem.held_out, hyper, **more)
+                return {"loss": loss, **grads}
+            state, _ = runner.unroll(*given, hyper, tasks=tasks, **options)
         except gimli.InputError as error:
             raise NotThereError(str(error)) from error
-        groups = wanted_groups(problem, start, numbers)
-        loss = runner.loss(state, problem.held_out, tasks=tasks).mean()
-        return gradients(loss, {name: groups[name] for name in wanted if name in groups})
+        return gradients(runner.loss(state, problem.held_out, tasks=tasks).mean(), groups)
 
     return run
 

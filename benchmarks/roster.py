@@ -76,6 +76,7 @@ CONTENDERS: tuple[Contender, ...] = (
             ("sqrt", "reverse, checkpoint='sqrt'", {"checkpoint": "sqrt"}),
         )
     ),
+    _gimli("inductor-gradient", "reverse, meta_gradient, inductor", backend="inductor", at_once=True),
     _gimli("graphs-reverse", "reverse, inductor, CUDA graphs", backend="inductor", mode="reduce-overhead"),
     _stock("by-hand", "loop by hand, create_graph", "by_hand"),
     _stock("func-loop", "torch.func, eager", "func_loop"),
