@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gimli_compile.functional import Functional, LossFunction, TrainStep
+from gimli_compile.torch_support import check_torch
 
 
 def functionalize(
@@ -67,6 +68,7 @@ def functionalize(
             example does not go through it.
         CaptureError: a step of the optimizer does not run.
     """
+    check_torch()
     return Functional(
         model,
         optimizer,
