@@ -341,6 +341,29 @@ def test_hooks_on_leaves_are_called(mode):
         assert found.item() == pytest.approx(2 * expected.item(), rel=1e-12)
 
 
+@needs_compiler
+def test_hooks_on_saved_tensors_are_called(at_once):
+    """A hook sees what is kept for the way back, and what it gives instead is what counts, whatever ran before."""
+    _, _, fn = made()
+    fast, packed = fn.compile("inductor"), []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor
+
+    for seed in range(7):
+        before = at_once["calls"], len(packed)
+        state, hyper, inputs = leaves_of(fn, seed)
+        given = (state, batch(seed, 3), batch(seed + 9), hyper)
+        expected = by_hand(fn, *given, inputs=inputs)
+        if seed < 4:
+            compare(fast.meta_gradient(*given, inputs=inputs), expected)
+            continue
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            compare(fast.meta_gradient(*given, inputs=inputs), expected)
+        assert at_once["calls"] == before[0] >= 2 and len(packed) > before[1]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_without_recording_around_it(mode):
     """Gradients are what it is for: `no_grad` outside changes nothing, `inference_mode` is refused."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._C._aoti as _aoti
+import torch._C._autograd as _autograd
 
 from gimli_compile.compiled.call_reading import Call, CallReader
 from gimli_compile.compiled.lean import driver
@@ -53,7 +54,12 @@ class GradientLoops:
     def read(
         self, state: Any, batches: Any, held_out: Any, others: tuple[Any, Any], options: LoopOptions
     ) -> GradientCall | None:
-        """Reads the arguments of a call; None where they are not of the plainest kinds, or nothing is remembered."""
+        """Reads the arguments of a call; None where they are not of the plainest kinds, or nothing is remembered.
+
+        Hooks on tensors, and on what autograd saves, see those of the loop and the loss one after the other.
+        """
+        if _autograd._top_saved_tensors_default_hooks(True) is not None:
+            return None
         call = self._reader.loop(state, batches, others, options, single=False)
         found = None if call is None else self._reader.besides(held_out, others[1])
         if call is None or found is None or any(_hooks_of(tensor) for tensor in call.tensors):
