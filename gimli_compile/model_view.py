@@ -35,6 +35,7 @@ class ModelView:
         self.model = model
         self.guards_branches = guards_branches
         self._watch: Watch | None = None
+        self._surroundings: tuple[Any, ...] = ()
         self._kept: Mapping[int, Collection[str]] = {}
         _refuse_nothing(model)
         _refuse_uninitialized(self)
@@ -56,15 +57,19 @@ class ModelView:
         return dict(self.buffers)
 
     def signature(self) -> tuple[Any, ...]:
-        """Returns what a captured program of this model depends on besides tensors: training flags and options."""
+        """Returns what a captured program of this model depends on besides tensors: training flags and options.
+
+        So are the default dtype and autocast: they decide about dtypes within.
+        """
         self.refresh()
         return self.options
 
     def refresh(self) -> None:
         """Reads the model again if it changed: `params` and `buffers` by name, and `options`, its signature."""
-        if self._watch is not None and self._watch.holds():
+        surroundings = (torch.get_default_dtype(), _autocast() if torch._C._is_any_autocast_enabled() else None)
+        if self._watch is not None and surroundings == self._surroundings and self._watch.holds():
             return
-        self._watch = None
+        self._watch, self._surroundings = None, surroundings
         self.buffers = self._read_buffers()
         self.params = self._read_params()
         self.options = self._read_signature()
@@ -142,6 +147,7 @@ class ModelView:
             )
             for module in self.modules()
         )
+        found = (("surroundings", *zip(("default dtype", "autocast"), self._surroundings, strict=True)), *found)
         if isinstance(self.model, nn.Module):
             return found
         others = ((path, leaf) for path, leaf in named_leaves(self.model) if _is_option(leaf))
@@ -157,7 +163,7 @@ class ModelView:
         live = {**self.live_params, **self.live_buffers}
         by_id = {id(live[name]): tensor for name, tensor in tensors.items() if name in live}
         before = [(module, vars(module)) for module in self.modules() if not is_scripted(module)]
-        known = (self._watch, self.params, self.buffers, self.options)
+        known = (self._watch, self._surroundings, self.params, self.buffers, self.options)
         try:
             for module, attributes in before:
                 module.__dict__ = {key: _replace(value, by_id) for key, value in attributes.items()}
@@ -166,7 +172,7 @@ class ModelView:
         finally:
             for module, attributes in before:
                 module.__dict__ = attributes
-            self._watch, self.params, self.buffers, self.options = known
+            self._watch, self._surroundings, self.params, self.buffers, self.options = known
 
     def tensor_attributes(self) -> dict[tuple[int, str], torch.Tensor]:
         """Returns the tensors that modules hold as plain attributes, by module and name."""
@@ -190,6 +196,12 @@ class ModelView:
     def read_buffers(self) -> dict[str, torch.Tensor]:
         """Returns the present buffers by the names of the live ones; inside `substituted`, the new ones."""
         return self.live_buffers
+
+
+def _autocast() -> tuple[Any, ...]:
+    """Returns what autocast does, on each kind of device."""
+    kinds = ("cpu", "cuda")
+    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 def changed_attributes(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -15,6 +16,16 @@ from gimli_compile.compiled import backends, meta_gradients
 
 needs_compiler = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
 MODES = [pytest.param(None, id="uncompiled"), "eager", pytest.param("inductor", marks=needs_compiler)]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Affine(nn.Module):
@@ -362,6 +373,40 @@ def test_hooks_on_saved_tensors_are_called(at_once):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             compare(fast.meta_gradient(*given, inputs=inputs), expected)
         assert at_once["calls"] == before[0] >= 2 and len(packed) > before[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["autocast", "default dtype"])
+def test_what_surrounds_a_call_counts(kind, mode, at_once):
+    """Autocast and the default dtype around a call change what the model and the loss compute, in every call."""
+
+    def surrounded(factor):
+        if kind == "autocast":
+            return torch.autocast("cpu", dtype=torch.bfloat16, enabled=factor == 1)
+        return default_dtype(torch.float64 if factor else torch.float32)
+
+    def loss(model, batch):  # what autocast makes of a parameter has a dtype of its own
+        product = batch[0] @ (model[0].weight.T * 1.0)
+        return ((product.double() - batch[1]) ** 2).mean() * torch.tensor(1 / 3).double()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fast = in_mode(gimli.functionalize(model, optimizer, loss), mode)
+    found, expected = [], []
+    x, y = batch(1, 3)
+    for factor in (0, 0, 0, 1, 1, 1, 0):
+        with surrounded(factor):
+            fresh = gimli.functionalize(model, optimizer, loss)
+            for fn, made in ((fast, found), (fresh, expected)):
+                state = fn.init()
+                state.params = {name: value.requires_grad_() for name, value in state.params.items()}
+                given = ((x.float(), y), (x[0].float(), y[0]))
+                made.append(fn.meta_gradient(state, *given, inputs=state.params))
+    for one, other in zip(found, expected, strict=True):
+        compare(one, other, 1e-6)
+    assert found[0][0] != found[3][0] != found[6][0] == found[0][0]
+    assert mode != "inductor" or at_once["calls"] >= 2
 
 
 @pytest.mark.parametrize("mode", MODES)
