@@ -15,6 +15,7 @@ from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
 from gimli_compile.shared_memory import refuse_shared_memory
 from gimli_compile.snapshot import is_number
+from gimli_compile.surroundings import surroundings
 from gimli_compile.tree_paths import named_leaves
 from gimli_compile.watching import Watch
 
@@ -66,10 +67,10 @@ class ModelView:
 
     def refresh(self) -> None:
         """Reads the model again if it changed: `params` and `buffers` by name, and `options`, its signature."""
-        surroundings = (torch.get_default_dtype(), _autocast() if torch._C._is_any_autocast_enabled() else None)
-        if self._watch is not None and surroundings == self._surroundings and self._watch.holds():
+        around = surroundings()
+        if self._watch is not None and around == self._surroundings and self._watch.holds():
             return
-        self._watch, self._surroundings = None, surroundings
+        self._watch, self._surroundings = None, around
         self.buffers = self._read_buffers()
         self.params = self._read_params()
         self.options = self._read_signature()
@@ -196,12 +197,6 @@ class ModelView:
     def read_buffers(self) -> dict[str, torch.Tensor]:
         """Returns the present buffers by the names of the live ones; inside `substituted`, the new ones."""
         return self.live_buffers
-
-
-def _autocast() -> tuple[Any, ...]:
-    """Returns what autocast does, on each kind of device."""
-    kinds = ("cpu", "cuda")
-    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 def changed_attributes(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[str]:

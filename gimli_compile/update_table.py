@@ -19,6 +19,7 @@ from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
 from gimli_compile.several_optimizers import kind_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.state import OptState, TrainState
+from gimli_compile.surroundings import surroundings
 from gimli_compile.transforms import is_differentiated, outside_transforms, representatives, representatives_apart
 from gimli_compile.tree_slots import form, tree_form
 from gimli_compile.update_capture import capture_update
@@ -190,7 +191,7 @@ def representatives_of(inputs: UpdateInputs) -> UpdateInputs:
 
 
 def signature(inputs: UpdateInputs) -> Any:
-    """Returns what a variant is captured for: structures, forms, and which tensors are one and the same."""
+    """Returns what a variant is captured for: structures, forms, which tensors are one, what surrounds it."""
     state, hyper = inputs.opt_state.values_by_path, inputs.hyper
     return (
         inputs.opt_state.skeleton,
@@ -202,6 +203,7 @@ def signature(inputs: UpdateInputs) -> Any:
         partition([*state.values()]),
         partition([*hyper.values()]),
         None if inputs.data is None else _data_form(inputs.data),
+        surroundings(),
     )
 
 

@@ -409,6 +409,45 @@ def test_what_surrounds_a_call_counts(kind, mode, at_once):
     assert mode != "inductor" or at_once["calls"] >= 2
 
 
+class Third(torch.optim.Optimizer):
+    """Steps by a third of a product with its gradient: autocast and the default dtype decide how that is rounded."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.sub_((p.grad @ torch.eye(3, dtype=p.dtype)).double() * torch.tensor(1 / 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_autocast", [True, False])
+def test_what_surrounds_a_step_counts(is_autocast, mode):
+    """Steps of the optimizer are captured for what is around them as well."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = Third(model.parameters())
+
+    def loss(model, batch):
+        return ((model.weight.double() * batch) ** 2).sum()
+
+    fast = in_mode(gimli.functionalize(model, optimizer, loss), mode)
+    found, expected = [], []
+    for is_other in (False, False, True, True, False):
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_other and is_autocast),
+            default_dtype(torch.float64 if is_other and not is_autocast else torch.float32),
+        ):
+            fresh = gimli.functionalize(model, optimizer, loss)
+            for fn, made in ((fast, found), (fresh, expected)):
+                factors = torch.linspace(0.1, 0.9, 3, dtype=torch.float64)
+                made.append(fn.unroll(fn.init(), factors.expand(2, 3))[0].params["weight"].double())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not is_autocast or not torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_without_recording_around_it(mode):
     """Gradients are what it is for: `no_grad` outside changes nothing, `inference_mode` is refused."""
