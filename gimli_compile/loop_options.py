@@ -44,6 +44,11 @@ class LoopOptions:
         steps = self.truncate
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             raise InputError(f"truncate={steps!r} is not an option. Use None or a positive number of steps.")
+        if not _is_of_tasks(self.tasks):
+            raise InputError(
+                f"tasks={self.tasks!r} is not an option. Use True, False, or a tuple that says which dimension of "
+                "state, batches, hyper and meta is the task's, as (None, 0, None, None)."
+            )
         self._refuse_combinations()
 
     def _refuse_combinations(self) -> None:
@@ -68,6 +73,12 @@ class LoopOptions:
                     "Leave `checkpoint` out.",
                 )
             )
+
+
+def _is_of_tasks(tasks: Any) -> bool:
+    if not isinstance(tasks, tuple):
+        return isinstance(tasks, bool)
+    return len(tasks) == 4 and all(dim is None or type(dim) is int for dim in tasks)
 
 
 def loop_options(*given: Any) -> LoopOptions:

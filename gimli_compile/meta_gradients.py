@@ -56,7 +56,7 @@ _OPTIONS = {  # of `unroll`, in the order of `LoopOptions`
 def meta_gradient(functions: Functions, compiler: Compiler | None, asked: Asked) -> tuple[Tensor, Any]:
     """Returns the loss after a loop, and its gradient in the structure of `inputs`: see `Functional.meta_gradient`."""
     tasks = asked.options.get("tasks", False)
-    if isinstance(tasks, tuple) and tasks[3] is not None and asked.meta is not None:
+    if isinstance(tasks, tuple) and any(dim is not None for dim in tasks[3:]) and asked.meta is not None:
         raise InputError(
             compose_message(
                 "meta_gradient with a `meta` for each task",

@@ -487,6 +487,11 @@ MISTAKES = {
         lambda fn: {"inputs": {}, "tasks": (None, 0, None, 0), "meta": torch.zeros(2, 2)},
         "a `meta` for each task",
     ),
+    "tasks that are none": (
+        lambda fn: {"inputs": leaves_of(fn, 0)[2], "tasks": (None, 0)},
+        r"tasks=\(None, 0\) is not",
+    ),
+    "tasks in a list": (lambda fn: {"inputs": leaves_of(fn, 0)[2], "tasks": [None, 0, None, None]}, "is not an option"),
     "an option that does not exist": (lambda fn: {"inputs": {}, "backward": "upward"}, "is not an option"),
 }
 
