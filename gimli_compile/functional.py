@@ -348,11 +348,11 @@ class Functional(Inspection):
             meta: the third argument of the loss, in the steps and after them.
             held_out: the batch of the loss; with `tasks`, it leads with the task, and the loss is the mean over tasks.
             inputs: a pytree of tensors that require a gradient, from which state, hyper, meta or batches are made.
-            allow_unused: an input that the loss does not depend on has zeros, and is not refused.
+            allow_unused: an input that no argument holds or comes from has zeros, and is not refused.
             options: those of `unroll`: `tasks`, `backward`, `checkpoint`, `order`, `truncate`, `implicit`, `memory`.
 
         Raises:
-            InputError: there is no loss function, or no gradient in an input.
+            InputError: there is no loss function, or no way from an input to the arguments.
         """
         check_has_loss(self.loss_fn)
         asked = GradientAsked(state, batches, held_out, hyper, meta, inputs, allow_unused, options)

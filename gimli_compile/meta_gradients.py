@@ -73,7 +73,7 @@ def meta_gradient(functions: Functions, compiler: Compiler | None, asked: Asked)
     with torch.enable_grad():
         loss, grads = _run(functions, compiler, asked, inputs)
     if not asked.allow_unused:
-        _check_used(grads, asked.inputs)
+        _check_used([leaf for leaf, grad in zip(inputs, grads, strict=True) if grad is None], inputs, asked)
     made = (torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, grads, strict=True))
     return loss, _rebuilt(asked.inputs, made)
 
@@ -162,17 +162,37 @@ def _check_inputs(inputs: list[Any], tree: Any) -> None:
         raise InputError("meta_gradient has no `inputs`. Give the tensors to differentiate in, as a pytree.")
 
 
-def _check_used(grads: list[Tensor | None], tree: Any) -> None:
-    for index, grad in enumerate(grads):
-        if grad is None:
+def _check_used(unused: list[Tensor], inputs: list[Tensor], asked: Asked) -> None:
+    """Refuses inputs that no argument holds or comes from; nothing may depend on those that one does."""
+    if not unused:
+        return
+    held, nodes = _sources((asked.state, asked.batches, asked.held_out, asked.hyper, asked.meta))
+    for leaf in unused:
+        if id(leaf) not in held and leaf.grad_fn not in nodes:
+            index = next(index for index, other in enumerate(inputs) if other is leaf)
             raise InputError(
                 compose_message(
-                    f"the loss after the loop does not depend on {_name(tree, index)}",
+                    f"the loss after the loop does not depend on {_name(asked.inputs, index)}",
                     None,
-                    "No path leads there from what state, hyper, meta and batches hold.",
+                    "It is none of the tensors of state, hyper, meta and batches, and none of them comes from it.",
                     "Put it there before the call, or have zeros for it with `allow_unused=True`.",
                 )
             )
+
+
+def _sources(arguments: Any) -> tuple[set[int], set[Any]]:
+    """Returns what arguments are and come from: the identities of tensors, and nodes of the autograd graph."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    held, nodes = set(map(id, tensors)), set()
+    waiting = [tensor.grad_fn for tensor in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        held.add(id(getattr(node, "variable", None)))
+        waiting += [before for before, _ in node.next_functions]
+    return held, nodes
 
 
 def _name(tree: Any, index: int) -> str:

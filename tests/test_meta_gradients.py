@@ -478,6 +478,33 @@ def test_an_input_without_influence(mode):
             fast.meta_gradient(fast.init(), batch(1, 3), batch(2), inputs=inputs["other"])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_that_the_arguments_hold_in_vain(mode):
+    """Nothing depends on them, and their gradient is zero, the same in all modes."""
+    fast = in_mode(made()[2], mode)
+    for _ in range(3):
+        state, hyper, inputs = leaves_of(fast, 0)
+        inputs["doubled"] = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        state.buffers["seen"] = inputs["seen"] = inputs["doubled"] * 2
+        grads = fast.meta_gradient(state, batch(1, 3), batch(2), hyper, inputs=inputs, truncate=2)[1]
+        assert grads["lr"].abs() > 0
+        zeros = [grads["seen"], grads["doubled"], *grads["start"].values()]
+        assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in zeros)
+
+
+@needs_compiler
+def test_anomalies_are_detected(at_once):
+    """Where autograd is asked to look for NaN, it does."""
+    fast = made()[2].compile("inductor")
+    counts = []
+    for count in range(5):
+        state, hyper, inputs = leaves_of(fast, 0)
+        with torch.autograd.set_detect_anomaly(count == 4):
+            fast.meta_gradient(state, batch(1, 3), batch(2), hyper, inputs=inputs)
+        counts.append(at_once["calls"])
+    assert counts[4] == counts[3] >= 2
+
+
 MISTAKES = {
     "no gradient": (lambda fn: {"inputs": {"a": torch.zeros(2)}}, r"inputs\['a'\].* does not require a gradient"),
     "no tensor": (lambda fn: {"inputs": [0.1]}, r"inputs\[0\].* is no tensor, but float"),

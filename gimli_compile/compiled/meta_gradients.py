@@ -56,9 +56,10 @@ class GradientLoops:
     ) -> GradientCall | None:
         """Reads the arguments of a call; None where they are not of the plainest kinds, or nothing is remembered.
 
-        Hooks on tensors, and on what autograd saves, see those of the loop and the loss one after the other.
+        Hooks on tensors, and on what autograd saves, see those of the loop and the loss one after the other, and the
+        detection of anomalies does so too.
         """
-        if _autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _autograd._top_saved_tensors_default_hooks(True) is not None or torch.is_anomaly_enabled():
             return None
         call = self._reader.loop(state, batches, others, options, single=False)
         found = None if call is None else self._reader.besides(held_out, others[1])
