@@ -438,7 +438,7 @@ def test_a_long_loop_takes_the_memory_of_the_last_one(runs):
     give_memory_back()
     for _ in range(3):
         run()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         run()
     assert runs["forward"] == runs["backward"] == 3
     matrices = tasks * 96 * 96 * 8  # bytes
