@@ -89,13 +89,14 @@ Gradients gradients_of(const Gradient& gradient, const Values& all) {
   Tape tape, last_tape;
   Values given, to_loss, seeds;
   for (size_t index = 0; index < gradient.loop.given.size(); ++index) given.push_back(all[index].share());
-  const Outcome outcome = run_again(gradient.loop, given, tape);
+  Outcome outcome = run_again(gradient.loop, given, tape);
   if (!give(gradient, outcome.carried, all, to_loss)) {
     made.how = Gradients::OTHER_FORMS;
   } else if (!outcome.held) {
     made.how = Gradients::OTHER_CONDITIONS;
   }
   if (made.how != Gradients::FOUND) return made;
+  outcome = Outcome();
   const Outcome after = run_again(gradient.loss, to_loss, last_tape);
   if (!after.held) {
     made.how = Gradients::OTHER_CONDITIONS;
@@ -104,6 +105,7 @@ Gradients gradients_of(const Gradient& gradient, const Values& all) {
   made.loss = after.returned[0][0].share();
   seeds.push_back(gradient.seed.share());
   const Values adjoints = back_again(gradient.loss, last_tape, Values(gradient.loss.made.size()), seeds);
+  to_loss.clear(), last_tape = Tape();  // the way back through the loop takes memory of its own
   if (!go_back(gradient, tape, adjoints, made.found)) made.how = Gradients::OTHER_FORMS;
   return made;
 }
