@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from buffered import Affine
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -26,22 +27,6 @@ def default_dtype(dtype):
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-class Affine(nn.Module):
-    """A linear layer with a buffer that its forward pass changes, and one that it multiplies with."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-        self.seen: torch.Tensor
-        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
-        self.scale: torch.Tensor
-        self.register_buffer("scale", torch.full((2,), 1.5, dtype=torch.float64))
-
-    def forward(self, x):
-        self.seen.add_(x.mean().detach())
-        return self.layer(x).tanh() * self.scale
 
 
 def loss_fn(model, batch, meta):

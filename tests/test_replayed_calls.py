@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from buffered import Affine
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -16,22 +17,6 @@ from gimli_compile.compiled import backends, replays
 from gimli_compile.compiled.unrolling import LoopCompiler
 
 pytestmark = pytest.mark.skipif(not backends.has_compiler(), reason="Inductor needs a C++ compiler")
-
-
-class Affine(nn.Module):
-    """A linear layer with a buffer that its forward pass changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-        self.seen: torch.Tensor
-        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
-        self.scale: torch.Tensor
-        self.register_buffer("scale", torch.full((2,), 1.5, dtype=torch.float64))
-
-    def forward(self, x):
-        self.seen.add_(x.mean().detach())
-        return self.layer(x) * self.scale
 
 
 def loss_fn(model, batch, meta):
