@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from gimli_compile.transforms import is_differentiated
 from gimli_compile.update_table import UpdateTable
 
 
-class Inspection:
+class Inspection(ABC):
     """The part of `Functional` that captures what is missing, and shows it."""
 
     _view: OptimizerView
@@ -33,19 +34,21 @@ class Inspection:
     _stepper: SplitStepper | WholeStepper
     _trained: list[str]
 
+    @abstractmethod
     def init(self) -> TrainState:
         """Returns copies of what is live."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hyperparameters(self) -> Hyperparameters:
         """Returns the live hyperparameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hyper_values(self, hyper: Hyperparameters | None, tasks: Tasks = False) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """Returns the hyperparameters of a call by path."""
 
+    @abstractmethod
     def _example_table(self) -> UpdateTable | None:
-        raise NotImplementedError
+        """Returns the programs of example steps, if such can be taken."""
 
     @property
     def programs(self) -> Programs:
