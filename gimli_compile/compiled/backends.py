@@ -106,6 +106,12 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
 
 
 def _compiled(module: fx.GraphModule) -> Executable:
+    """Compiles a graph; what is of low precision is rounded after each operator, as it is without a compiler."""
+    with inductor_config.patch(emulate_precision_casts=_has_low_precision(module)):
+        return _lowered(module)
+
+
+def _lowered(module: fx.GraphModule) -> Executable:
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     with FAKE, torch.no_grad():
         lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)
@@ -131,6 +137,12 @@ BACKENDS: dict[str, Backend] = {
     "torchscript": compile_with_torchscript,
     "inductor": compile_with_inductor,
 }
+
+
+def _has_low_precision(module: fx.GraphModule) -> bool:
+    """Tells whether a graph computes anything in float16 or bfloat16."""
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    return any(isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) for value in values)
 
 
 @functools.cache
