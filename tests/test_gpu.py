@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gimli_compile as gimli
+from gimli_compile.compiled.backends import compile_with_inductor
+from gimli_compile.compiled.halves import trace
 
 pytestmark = pytest.mark.gpu
 
@@ -86,3 +88,29 @@ def test_loops_recorded_as_cuda_graphs_equal_others(make, options, caplog):
         for found, expected in zip(run(fast, rate, scale), run(fn, rate, scale), strict=True):
             assert float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
     assert not caplog.records  # nothing ran without a graph
+
+
+def test_the_updates_of_all_parameters_share_kernels():
+    """Adam over twelve parameters of four shapes: a kernel for each of eight, not for each."""
+    torch.manual_seed(0)
+    shapes = 3 * ((64, 32), (64,), (5, 64), (5,))
+    start = [torch.randn(shape, device="cuda") for shape in shapes]
+    examples = [torch.tensor(0.1, device="cuda"), *start, *start, *(p.abs() for p in start), *start]
+
+    def adam(rate, *values):
+        count, found = len(shapes), []
+        for p, m, v, g in zip(*(values[k * count : (k + 1) * count] for k in range(4)), strict=True):
+            first, second = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+            found += [p - rate * first / (second.sqrt() + 1e-8), first, second]
+        return found
+
+    program = compile_with_inductor(trace(adam, examples))
+    found = program([value.clone() for value in examples])  # also tries kernels of several sizes
+    for value, expected in zip(found, adam(*examples), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    given = [value.clone() for value in examples]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        program(given)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.name.startswith("triton_")]
+    assert 1 <= len(kernels) <= 3

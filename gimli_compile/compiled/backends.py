@@ -23,6 +23,7 @@ from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, bui
 from gimli_compile.compiled.dtype_rules import dtype_rules_made_once
 from gimli_compile.compiled.fusion_memory import memory_asked_where_shared
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
+from gimli_compile.compiled.low_precision import rounded_as_written
 from gimli_compile.compiled.small_values import compute_small_values_first
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
@@ -87,6 +88,8 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
 
     The C++ compiler runs beside what Python does next: the first call waits for it.
 
+    On a GPU, a kernel computes what is alike for many tensors, such as the updates of all parameters.
+
     Layouts stay as they are: where Inductor (torch 2.13, CPU) changes that of convolutions, captured steps of
     convolution, relu and max-pool come out wrong, their gradients zero.
     """
@@ -102,34 +105,35 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
             return _compiled(module)
     except InductorError:  # headers are compiled at once, by a compiler that may not know what was taken for granted
         with built_at_once([]):
-            return _compiled(module)
+            return _compiled(module, combined=False)
 
 
-def _compiled(module: fx.GraphModule) -> Executable:
-    """Compiles a graph; what is of low precision is rounded after each operator, as it is without a compiler."""
-    with inductor_config.patch(emulate_precision_casts=_has_low_precision(module)):
-        return _lowered(module)
-
-
-def _lowered(module: fx.GraphModule) -> Executable:
+def _compiled(module: fx.GraphModule, *, combined: bool = True) -> Executable:
+    """Compiles a graph; `combined`: with kernels for many tensors, which torch calls experimental."""
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    native = all(fake.device.type == "cpu" for fake in fakes)
+    settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
+    settings["max_fusion_buffer_group_pairwise_attempts"] = _NEIGHBOURS
+    settings |= {"combo_kernels": combined and not native, "combo_kernels_pointwise_only": True}
+    lean = lean_programs(fakes) if native else nullcontext()
+    quick = affine_strides(), dtype_rules_made_once(), memory_asked_where_shared()
+    with inductor_config.patch(settings), torch.no_grad(), lean, ExitStack() as stack:
+        for one in (rounded_as_written(module), *quick):
+            stack.enter_context(one)
+        compiled = compile_fx_inner(_lowered(module, fakes), fakes, cpp_wrapper=native, is_inference=True)
+    call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
+    return NativeProgram(call) if native else call
+
+
+def _lowered(module: fx.GraphModule, fakes: Sequence[Tensor]) -> fx.GraphModule:
+    """Returns a graph in the operators that Inductor knows."""
     with FAKE, torch.no_grad():
         lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)
     lowered.graph.eliminate_dead_code()
     compute_small_values_first(lowered.graph)
     output = next(iter(lowered.graph.find_nodes(op="output")))
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # keep the layout of all results
-    native = all(fake.device.type == "cpu" for fake in fakes)
-    lean = lean_programs(fakes) if native else nullcontext()
-    settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
-    settings["max_fusion_buffer_group_pairwise_attempts"] = _NEIGHBOURS
-    quick = affine_strides(), dtype_rules_made_once(), memory_asked_where_shared()
-    with inductor_config.patch(settings), torch.no_grad(), lean, ExitStack() as stack:
-        for one in quick:
-            stack.enter_context(one)
-        compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
-    call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
-    return NativeProgram(call) if native else call
+    return lowered
 
 
 BACKENDS: dict[str, Backend] = {
@@ -137,12 +141,6 @@ BACKENDS: dict[str, Backend] = {
     "torchscript": compile_with_torchscript,
     "inductor": compile_with_inductor,
 }
-
-
-def _has_low_precision(module: fx.GraphModule) -> bool:
-    """Tells whether a graph computes anything in float16 or bfloat16."""
-    values = (node.meta.get("val") for node in module.graph.nodes)
-    return any(isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) for value in values)
 
 
 @functools.cache
