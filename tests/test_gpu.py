@@ -112,5 +112,5 @@ def test_the_updates_of_all_parameters_share_kernels():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         program(given)
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.name.startswith("triton_")]
+    kernels = [event for event in profile.events() or [] if event.name.startswith("triton_")]
     assert 1 <= len(kernels) <= 3
