@@ -7,7 +7,8 @@
 
 A contender is right if its loss and gradients in float64 agree with the reference's (Algorithm 1 by hand, one step at a
 time), and in float32 up to rounding; one that is not is marked. Every workload's results are a file in
-benchmarks/output/, so that workloads measured separately come together in one document.
+benchmarks/measured/ (with --quick: benchmarks/output/), so that workloads measured separately come together in one
+document.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.plots import plot_memory, plot_times
 from benchmarks.results import Measured, load
 from benchmarks.tables import replace_measured, report, table
 
-OUTPUT = Path(__file__).parent / "output"
+MEASURED, OUTPUT = (Path(__file__).parent / name for name in ("measured", "output"))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,10 +42,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, default=12, help="GiB that a contender's process may take")
     parser.add_argument("--threads", type=int, help="instead of each workload's own number")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where torch's contenders run")
-    parser.add_argument("--results", type=Path, default=OUTPUT, help="the folder of the measurements")
+    parser.add_argument("--results", type=Path, help="another folder of the measurements")
     parser.add_argument("--render", action="store_true", help="measures nothing, and writes what was measured")
     parser.add_argument("--output", type=Path, help="the Markdown file to write into; plots go beside")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.results = args.results or (OUTPUT if args.quick else MEASURED)
+    return args
 
 
 def measure_all(args: argparse.Namespace, console: Console) -> None:
@@ -61,7 +64,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
             def say(text: str, key: str = workload.key) -> None:
                 progress.update(bar, description=f"{key}, {text}")
 
-            measured = measure(workload, contenders, limits, args.results / "logs", say)
+            measured = measure(workload, contenders, limits, OUTPUT / "logs", say)
             measured.save(args.results)
             console.print(table(measured) + "\n", markup=False, soft_wrap=True)
             progress.advance(bar)

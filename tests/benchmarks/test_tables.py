@@ -1,5 +1,7 @@
 """What was measured becomes tables and plots, and nothing else in the document changes."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import __main__ as bench
@@ -81,3 +83,16 @@ def test_rendering_measures_nothing(measured, tmp_path):
 def test_rendering_nothing_says_so(tmp_path):
     with pytest.raises(SystemExit, match="nothing was measured"):
         bench.main(["--render", "--results", str(tmp_path), "--output", str(tmp_path / "performance.md")])
+
+
+def test_the_document_has_the_tables_of_what_was_measured():
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    every = load(bench.MEASURED)
+    assert len(every) > 20 and summary(every) in text
+    for measured in every:
+        assert table(measured) in text, measured.key
+
+
+def test_small_versions_do_not_replace_what_was_measured():
+    assert bench.parse_arguments(["--quick"]).results == bench.OUTPUT
+    assert bench.parse_arguments([]).results == bench.MEASURED
