@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gimli_compile as gimli
-from gimli_compile.compiled import device_graphs
+from gimli_compile.compiled import device_graphs, unrolling
 from gimli_compile.compiled.batches import Batches
 from gimli_compile.compiled.choice import LoopInputs
 from gimli_compile.compiled.device_graphs import numbers_on_device
@@ -339,3 +340,19 @@ def test_on_a_cpu_the_mode_changes_nothing():
     fast = recording(fn)
     for found, wanted in zip(case.run(fast, hyper), case.run(fn, hyper), strict=True):
         assert_agree(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_every_compiled_loop_moves_numbers_to_the_device(mode, monkeypatch):
+    """Without that, the adjoints of a loop would wait for the device at every step."""
+    moved = []
+
+    def spy(state, inputs):
+        moved.append(inputs)
+        return numbers_on_device(state, inputs)
+
+    monkeypatch.setattr(unrolling, "numbers_on_device", spy)
+    model = nn.Linear(2, 1)
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b).square().mean())
+    fn.compile("eager", mode=mode).unroll(fn.init(), [torch.ones(3, 2)] * 2)
+    assert len(moved) == 1

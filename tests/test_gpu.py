@@ -114,3 +114,29 @@ def test_the_updates_of_all_parameters_share_kernels():
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() or [] if event.name.startswith("triton_")]
     assert 1 <= len(kernels) <= 3
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_loops_do_not_wait_for_the_device(mode):
+    """Neither there nor back: what an optimizer counts lies on the CPU, or on the device with `capturable`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to("cuda")
+    x, y = torch.randn(4, 6, 4, device="cuda"), torch.randint(3, (4, 6), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, capturable=mode == "reduce-overhead")
+    fn = gimli.functionalize(model, optimizer, lambda m, b: cross_entropy(m(b[0]), b[1]))
+    fast = fn.compile("inductor", mode=mode)
+    start, hyper = fn.init(), fn.hyperparameters()
+    hyper[0]["lr"] = torch.tensor(0.1, device="cuda", requires_grad=True)
+
+    def run():
+        state, losses = fast.unroll(start, (x, y), hyper)
+        return torch.autograd.grad(losses[-1] + sum(p.sum() for p in state.params.values()), hyper[0]["lr"])[0]
+
+    expected = [run() for _ in range(4)][-1]  # compiled, compared and recorded
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.testing.assert_close(found, expected)

@@ -50,7 +50,8 @@ RECORDERS: dict[str, Recorder] = {"cuda": record_on_cuda}  # by the type of devi
 def numbers_on_device(state: TrainState, inputs: LoopInputs) -> tuple[TrainState, LoopInputs]:
     """Moves hyperparameters, and numbers of the optimizer's state, to the device of the parameters.
 
-    A graph cannot read them elsewhere: it would have the values that they had when it was recorded.
+    Elsewhere, the adjoint of every step would wait for the device to have its part of their gradients; and a graph
+    cannot read them there: it would have the values that they had when it was recorded.
     """
     device = next((value.device for value in state.params.values() if value.device.type in RECORDERS), None)
     if device is None:

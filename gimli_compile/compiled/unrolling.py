@@ -92,8 +92,7 @@ class LoopCompiler:
     def _unroll(
         self, state: TrainState, inputs: LoopInputs, *, segment: int | None, call: Call | None, single: bool
     ) -> tuple[TrainState, Any]:
-        if self._graphs is not None:
-            state, inputs = numbers_on_device(state, inputs)
+        state, inputs = numbers_on_device(state, inputs)
         run = _prepare(state, inputs, segment)
         key = (run.start, run.around, run.skeleton, forms([*run.carried, *run.shared]), run.same, inputs.key())
         with torch.no_grad():
