@@ -426,3 +426,97 @@ def test_compiled_muon_takes_the_steps_of_the_live_one():
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0.0)
     for name, p in model.named_parameters():
         torch.testing.assert_close(state.params[name], p.detach(), rtol=1e-5, atol=1e-6)
+
+
+BESIDE_NUMBERS = {
+    "sub": lambda x: x - 1.3,
+    "rsub": lambda x: 1.3 - x,
+    "mul": lambda x: x * 0.998,
+    "div": lambda x: x / 3.7,
+    "divided": lambda x: 3.7 / (x + 9),
+    "add, alpha": lambda x: torch.add(x, x.flip(0), alpha=-0.3),
+    "pow": lambda x: x.abs() ** 1.7,
+    "cube": lambda x: x**3,
+    "remainder": lambda x: torch.remainder(x, 0.3),
+    "fmod": lambda x: torch.fmod(x, 0.3),
+    "lerp": lambda x: torch.lerp(x, x.flip(0), 0.3),
+    "clamp": lambda x: x.clamp(-0.3, 0.7),
+    "addcmul": lambda x: torch.addcmul(x, x, x.flip(0), value=0.3),
+    "logit": lambda x: torch.logit(x.sigmoid(), eps=0.01),
+    "branch": lambda x: torch.where(x - 1.3 == 0, 1.0, 0.0),
+    "to integers": lambda x: ((x - 1.3) * 1000).long(),
+    "full": lambda x: torch.full_like(x, 0.1).float(),
+    "full, small": lambda x: torch.full_like(x, 1e-8).float() * 1e8,
+    "number of a tensor": lambda x: x * torch.tensor(0.998),
+    "number in double": lambda x: x * torch.tensor(1.5e-7, dtype=torch.float64),
+    "large number": lambda x: x * torch.tensor(131072.0) / 131072.0,
+    "comparison": lambda x: x > torch.tensor(1.298),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "softmax": lambda x: x.softmax(-1),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "layer_norm": lambda x: F.layer_norm(x, (16,)),
+    "prod": lambda x: x.prod(-1),
+    "var": lambda x: x.var(-1),
+    "glu": lambda x: F.glu(x),
+    "silu": lambda x: F.silu(x),
+    "rsqrt": lambda x: (x.abs() + 0.1).rsqrt() * 0.3,
+}
+
+
+@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_programs_take_numbers_in_the_precision_in_which_torch_does(dtype):
+    """Inductor rounded numbers that torch does not round, and kept others: 0.998 was 0.996, and a `full` of 0 was 1."""
+    x = normal(24, 16, seed=3).float()
+    x[0, :5] = torch.tensor([0.3, 1.3, 2.6, 0.09, 1.7])
+
+    def run(x):
+        return [one(x.to(dtype)) for one in BESIDE_NUMBERS.values()]
+
+    found = compile_with_inductor(trace(run, [x]))([x.clone()])
+    for name, value, other in zip(BESIDE_NUMBERS, found, run(x), strict=True):
+        assert value.dtype == other.dtype and torch.equal(value, other), name
+
+
+@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
+def test_a_learning_rate_beside_half_precision_is_not_rounded():
+    """The first call is compared with the uncompiled program; later values of a hyperparameter are not."""
+
+    class Descent(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad * group["lr"])
+
+    model = nn.Linear(4, 1, bias=False).half()
+    fn = gimli.functionalize(model, Descent(model.parameters(), 0.5), lambda m, b: (m.weight.float() * b).sum())
+    fast = fn.compile("inductor")
+    for rate, scale in ((0.5, 1.0), (0.5, 1.0), (1e-2 / 65536, 3e4), (131072.0, 1e-4), (1e-8, 6e4)):
+        batch, hyper = scale * torch.tensor([[1.0, 0.5, 0.25, 0.77]]), fn.hyperparameters()
+        hyper[0]["lr"] = torch.tensor(rate, dtype=torch.float64)
+        start = fn.init()
+        found, wanted = (one.unroll(start, [batch], hyper)[0].params["weight"] for one in (fast, fn))
+        assert torch.equal(found, wanted)
+        assert torch.equal(wanted, start.params["weight"] - batch.half() * rate)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler")
+def test_compiled_weight_decay_in_bfloat16_is_that_of_the_live_optimizer():
+    """A factor of 0.998 decays; as 0.996 it took twice as much away."""
+    model, live = make(multilayer, lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=2.0), torch.bfloat16)
+    fn = gimli.functionalize(model, live, mean_squares).compile("inductor")
+    batches = batches_of(40, torch.bfloat16)
+    state, losses = fn.unroll(fn.init(), batches)
+    for batch, loss in zip(batches, losses, strict=True):
+        live.zero_grad()
+        expected = mean_squares(model, batch)
+        expected.backward()
+        live.step()
+        assert torch.equal(loss, expected.detach())
+    for name, p in model.named_parameters():
+        assert torch.equal(state.params[name], p.detach())

@@ -23,7 +23,7 @@ from gimli_compile.compiled.cpp_builds import Entry, Pending, built_at_once, bui
 from gimli_compile.compiled.dtype_rules import dtype_rules_made_once
 from gimli_compile.compiled.fusion_memory import memory_asked_where_shared
 from gimli_compile.compiled.lean import LeanProgram, lean_programs
-from gimli_compile.compiled.low_precision import rounded_as_written
+from gimli_compile.compiled.low_precision import has_low_precision, rounded_as_written
 from gimli_compile.compiled.small_values import compute_small_values_first
 from gimli_compile.compiled.torchscript import script
 from gimli_compile.errors import InputError
@@ -104,31 +104,46 @@ def compile_with_inductor(module: fx.GraphModule) -> Executable:
         with built_beside(again):
             return _compiled(module)
     except InductorError:  # headers are compiled at once, by a compiler that may not know what was taken for granted
-        with built_at_once([]):
-            return _compiled(module, combined=False)
+        try:
+            with built_at_once([]):
+                return _compiled(module, combined=False)
+        except InductorError:
+            if not has_low_precision(module):
+                raise
+            # The wrapper in C++ of torch 2.11 does not know all operators that are left to torch there.
+            with built_at_once([]):
+                return _compiled(module, combined=False, wrapped=False)
 
 
-def _compiled(module: fx.GraphModule, *, combined: bool = True) -> Executable:
-    """Compiles a graph; `combined`: with kernels for many tensors, which torch calls experimental."""
+def _compiled(module: fx.GraphModule, *, combined: bool = True, wrapped: bool = True) -> Executable:
+    """Compiles a graph.
+
+    Args:
+        module: the graph.
+        combined: with kernels for many tensors on a GPU, which torch calls experimental.
+        wrapped: with a wrapper in C++ on the CPU.
+    """
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    native = all(fake.device.type == "cpu" for fake in fakes)
+    on_cpu = all(fake.device.type == "cpu" for fake in fakes)
+    native = wrapped and on_cpu
     settings = {"cpp_wrapper": native, "layout_optimization": False, "cpp.min_chunk_size": _ALONE}
     settings["max_fusion_buffer_group_pairwise_attempts"] = _NEIGHBOURS
-    settings |= {"combo_kernels": combined and not native, "combo_kernels_pointwise_only": True}
+    settings |= {"combo_kernels": combined and not on_cpu, "combo_kernels_pointwise_only": True}
     lean = lean_programs(fakes) if native else nullcontext()
     quick = affine_strides(), dtype_rules_made_once(), memory_asked_where_shared()
     with inductor_config.patch(settings), torch.no_grad(), lean, ExitStack() as stack:
-        for one in (rounded_as_written(module), *quick):
+        for one in quick:
             stack.enter_context(one)
-        compiled = compile_fx_inner(_lowered(module, fakes), fakes, cpp_wrapper=native, is_inference=True)
+        lowered = _lowered(stack.enter_context(rounded_as_written(module)), fakes)
+        compiled = compile_fx_inner(lowered, fakes, cpp_wrapper=native, is_inference=True)
     call = getattr(compiled, "current_callable", None) or compiled  # without the profiler's frame around each call
     return NativeProgram(call) if native else call
 
 
-def _lowered(module: fx.GraphModule, fakes: Sequence[Tensor]) -> fx.GraphModule:
-    """Returns a graph in the operators that Inductor knows."""
+def _lowered(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
+    """Returns the graph of a function in the operators that Inductor knows."""
     with FAKE, torch.no_grad():
-        lowered = make_fx(lambda *inputs: module(*inputs), decomposition_table=select_decomp_table())(*fakes)
+        lowered = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
     lowered.graph.eliminate_dead_code()
     compute_small_values_first(lowered.graph)
     output = next(iter(lowered.graph.find_nodes(op="output")))
