@@ -166,9 +166,9 @@ def _check_used(unused: list[Tensor], inputs: list[Tensor], asked: Asked) -> Non
     """Refuses inputs that no argument holds or comes from; nothing may depend on those that one does."""
     if not unused:
         return
-    held, nodes = _sources((asked.state, asked.batches, asked.held_out, asked.hyper, asked.meta))
+    held, edges = _sources((asked.state, asked.batches, asked.held_out, asked.hyper, asked.meta))
     for leaf in unused:
-        if id(leaf) not in held and leaf.grad_fn not in nodes:
+        if id(leaf) not in held and (leaf.grad_fn, leaf.output_nr) not in edges:
             index = next(index for index, other in enumerate(inputs) if other is leaf)
             raise InputError(
                 compose_message(
@@ -180,19 +180,21 @@ def _check_used(unused: list[Tensor], inputs: list[Tensor], asked: Asked) -> Non
             )
 
 
-def _sources(arguments: Any) -> tuple[set[int], set[Any]]:
-    """Returns what arguments are and come from: the identities of tensors, and nodes of the autograd graph."""
+def _sources(arguments: Any) -> tuple[set[int], set[tuple[Any, int]]]:
+    """Returns what arguments are and come from: the identities of tensors, and results of nodes of the graph."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    held, nodes = set(map(id, tensors)), set()
-    waiting = [tensor.grad_fn for tensor in tensors]
+    held, nodes, edges = set(map(id, tensors)), set(), set()
+    waiting = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors]
     while waiting:
-        node = waiting.pop()
-        if node is None or node in nodes:
+        edge = node, _ = waiting.pop()
+        if node is None:
             continue
-        nodes.add(node)
-        held.add(id(getattr(node, "variable", None)))
-        waiting += [before for before, _ in node.next_functions]
-    return held, nodes
+        edges.add(edge)
+        if node not in nodes:
+            nodes.add(node)
+            held.add(id(getattr(node, "variable", None)))
+            waiting += node.next_functions
+    return held, edges
 
 
 def _name(tree: Any, index: int) -> str:

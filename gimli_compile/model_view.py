@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +23,7 @@ from gimli_compile.tree_paths import named_leaves
 from gimli_compile.watching import Watch
 
 _Any = TypeVar("_Any")
+_FUNCTIONS = FunctionType, BuiltinFunctionType, MethodType, partial
 
 
 class ModelView:
@@ -58,9 +62,10 @@ class ModelView:
         return dict(self.buffers)
 
     def signature(self) -> tuple[Any, ...]:
-        """Returns what a captured program of this model depends on besides tensors: training flags and options.
+        """Returns what a captured program of this model depends on besides parameters and buffers.
 
-        So are the default dtype and autocast: they decide about dtypes within.
+        That is training flags and options, and which functions and hooks its modules hold; the default dtype and
+        autocast as well: they decide about dtypes within.
         """
         self.refresh()
         return self.options
@@ -75,7 +80,8 @@ class ModelView:
         self.params = self._read_params()
         self.options = self._read_signature()
         modules = list(self.modules())
-        registries = (part for m in modules for part in (m._parameters, m._buffers, m._modules))
+        hooks = (part for m in modules for part in (m._forward_hooks, m._forward_pre_hooks))
+        registries = (*(part for m in modules for part in (m._parameters, m._buffers, m._modules)), *hooks)
         if not any(map(is_scripted, modules)) and isinstance(self.model, nn.Module):
             self._watch = Watch([*modules, *registries])
 
@@ -141,10 +147,12 @@ class ModelView:
             (
                 id(module),
                 *(
-                    (key, value)
+                    (key, _Same(value) if isinstance(value, _FUNCTIONS) else value)
                     for key, value in options_of(module)
-                    if _is_option(value) and key not in self._kept.get(id(module), ())
+                    if (_is_option(value) or _are_options(value) or isinstance(value, _FUNCTIONS))
+                    and key not in self._kept.get(id(module), ())
                 ),
+                ("hooks", (*map(_Same, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())),)),
             )
             for module in self.modules()
         )
@@ -204,12 +212,30 @@ def changed_attributes(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[
     changed = []
     for old, new in zip(before, after, strict=True):
         was = dict(old[1:])
-        changed += [key for key, value in new[1:] if key in was and was[key] != value]
+        options = (pair for pair in new[1:] if not isinstance(pair[1], _Same))
+        changed += [key for key, value in options if key in was and was[key] != value]
     return changed
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equals what holds the very same object, which is kept alive."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _is_option(value: Any) -> bool:
     return value is None or isinstance(value, (bool, str)) or is_number(value)
+
+
+def _are_options(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_option, value))
 
 
 def _replace(value: Any, by_id: Mapping[int, torch.Tensor]) -> Any:

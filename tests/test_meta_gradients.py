@@ -557,3 +557,18 @@ def test_calls_are_bounded(monkeypatch):
             state, hyper, inputs = leaves_of(fast, 0)
             fast.meta_gradient(state, batch(1, 3), batch(2), hyper, inputs=inputs, checkpoint=segment)
     assert fast._compiler is not None and len(fast._compiler.gradients._known) == 2
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_another_result_of_the_same_operator_is_no_input(is_compiled):
+    """Both come from one node of the graph, and the loop depends on the first alone."""
+    model = nn.Linear(3, 1)
+    fn = gimli.functionalize(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b).square().mean())
+    one = fn.compile("eager") if is_compiled else fn
+    used, other = torch.tensor([0.1, 0.2], requires_grad=True).unbind()
+    hyper = fn.hyperparameters()
+    hyper[0]["lr"] = used
+    given = fn.init(), [torch.ones(4, 3)] * 2, torch.ones(4, 3), hyper
+    with pytest.raises(gimli.InputError, match="does not depend on inputs"):
+        one.meta_gradient(*given, inputs=[other])
+    assert float(one.meta_gradient(*given, inputs=[used])[1][0]) != 0
