@@ -51,7 +51,8 @@ def test_programs_that_cannot_share_kernels_are_compiled_without(compilations):
     fails.add(True)
     program = backends.compile_with_inductor(program_on("cuda"))
     assert asked == [True, False]
-    assert program is not None
+    values = [torch.tensor(0.5), *(torch.full(shape, 3.0) for shape in 2 * ((4, 3), (5,), (7,)))]
+    assert all(torch.equal(found, torch.full_like(found, 1.5)) for found in program(values))
 
 
 def test_a_failure_that_has_another_reason_is_told(compilations):

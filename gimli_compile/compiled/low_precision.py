@@ -206,8 +206,8 @@ def _kind(value: Any) -> Any:
 @functools.cache
 def _tried(target: Any, kinds: tuple[Any, ...], dtype: torch.dtype) -> bool | None:
     """Tells how an operator of torch rounds a number, from what it makes of one."""
-    operands = [_example(kind, dtype) for kind in kinds]
-    with torch.no_grad():
+    with _disable_current_modes(), torch.no_grad():
+        operands = [_example(kind, dtype) for kind in kinds]
         made = target(*operands)
         agree = [torch.equal(made, _computed_wide(target, operands, dtype, rounds=rounds)) for rounds in (False, True)]
     return agree[1] if made.dtype == dtype and sum(agree) == 1 else None
