@@ -1,7 +1,15 @@
 """A compiler for meta-learning: turns live models and optimizers into pure, differentiable programs."""
 
 from gimli_compile.entry import functionalize
-from gimli_compile.errors import BakedValueWarning, CaptureError, CompileError, GimliError, InputError, ProgramError
+from gimli_compile.errors import (
+    BakedValueWarning,
+    CaptureError,
+    CompileError,
+    GimliError,
+    InputError,
+    ProgramError,
+    RecaptureWarning,
+)
 from gimli_compile.functional import Functional
 from gimli_compile.implicit_mode import Implicit
 from gimli_compile.program import Program
@@ -21,6 +29,7 @@ __all__ = [
     "OptState",
     "Program",
     "ProgramError",
+    "RecaptureWarning",
     "TrainState",
     "functionalize",
 ]

@@ -27,6 +27,10 @@ class BakedValueWarning(UserWarning):
     """A number, or a value that a step found by search, is a constant: its derivative is not in the program."""
 
 
+class RecaptureWarning(UserWarning):
+    """Code is captured again and again, since values that it reads besides its arguments change."""
+
+
 def compose_message(what: str, where: object = None, why: str = "", cure: str = "") -> str:
     """Returns the text of an error: what, then the user's line, then why it cannot work, then the cure."""
     lines = [what]

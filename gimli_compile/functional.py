@@ -29,6 +29,7 @@ from gimli_compile.argument_checks import (
 from gimli_compile.compiled.backends import choose_backend
 from gimli_compile.compiled.call_reading import CallReader
 from gimli_compile.compiled.calls import Compiler, replay, step_compiled, unroll_compiled
+from gimli_compile.environment import Environment, Reached
 from gimli_compile.evaluation import evaluate
 from gimli_compile.example_steps import example_table, used_paths
 from gimli_compile.hyper_values import HyperReader
@@ -49,7 +50,15 @@ from gimli_compile.protocol import choose_protocol
 from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows, gradients_of, put_gradients
 from gimli_compile.schedulers import Schedulers, check_objects, check_schedulers
-from gimli_compile.several_optimizers import as_one, check_default_step, full_kind_of, groups_by_optimizer, kind_of
+from gimli_compile.several_optimizers import (
+    as_one,
+    check_default_step,
+    full_kind_of,
+    groups_by_optimizer,
+    kind_of,
+    members,
+)
+from gimli_compile.skeleton import owners_of
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.step_capture import capture_step
@@ -104,6 +113,7 @@ class Functional(Inspection):
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
         self._hyper_reader = HyperReader(self._view)
+        self._view.environment = self._model_view.environment = Environment(self._reached)
         self._title = f"{full_kind_of(one)} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._protocol = choose_protocol(self._view, is_needed=train_step is None)
@@ -149,6 +159,17 @@ class Functional(Inspection):
     def _whole(self, train_step: DefaultStep | UserStep) -> WholeStepper:
         view = StepView(self._view, self._model_view, train_step)
         return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step), self._keeps_buffers)
+
+    def _reached(self) -> Reached:
+        """Returns from where code reads what is no argument of it."""
+        owners = owners_of(self._view.read()[0])
+        groups = [part for one in members(self._view.optimizer) for part in (one.param_groups, *one.param_groups)]
+        return Reached(
+            roots=(self.loss_fn, self.train_step, *map(type, owners), *self._view.functions()),
+            modules=self._model_view.modules_and_state(),
+            known=set(map(id, (*owners, *groups))),
+            constants=lambda: [*self._stepper.constants(), *self._updates.constants(), *self._losses.held()],
+        )
 
     # ------------------------------------------------------------------ values
 

@@ -108,6 +108,7 @@ def _item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
 def _tolist(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
     if not _is_traced(mode, tensor):
+        mode.recorder.outside.pin([tensor])
         return func(*args, **kwargs)
     if tensor.dim() == 0:
         return _read(mode, tensor)
@@ -302,6 +303,7 @@ def _set_item(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _to_numpy(mode: Interception, func: Any, args: Any, kwargs: Any) -> Any:
     if not _is_traced(mode, args[0]):
+        mode.recorder.outside.pin([args[0]])
         return func(*args, **kwargs)
     raise CaptureError(
         compose_message(

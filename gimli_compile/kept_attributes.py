@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gimli_compile.model_view import ModelView
-from gimli_compile.outside import is_of_framework, names_in, reachable_from
+from gimli_compile.outside import is_of_framework, names_in, reachable_from, with_inner
 from gimli_compile.schedulers import Schedulers
 from gimli_compile.scripted_modules import is_scripted
 from gimli_compile.skeleton import Skeleton, containers_of, leaves_of
@@ -161,11 +161,3 @@ def methods_of(cls: type) -> Iterator[FunctionType]:
             parts = (value.fget, value.fset) if isinstance(value, property) else (value,)
             parts = [getattr(part, "__func__", part) for part in parts]
             yield from (f for f in parts if isinstance(f, FunctionType) and f.__name__ != "__init__")
-
-
-def with_inner(code: CodeType) -> Iterator[CodeType]:
-    """Yields code and the code that is defined inside of it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from with_inner(constant)

@@ -70,7 +70,7 @@ def with_conditions(program: Program, outcomes: Mapping[Slot, bool]) -> Captured
     for slot in (slot for slot in program.results if slot.role is Role.GUARD):
         node, outcome = program.result_of(slot), outcomes.get(slot, True)
         roles = {slot_of[leaf].role for leaf in ancestry[node]}
-        if not roles:
+        if not roles and not node.meta.get("fixed"):
             continue
         found = before if roles <= {Role.BATCH, Role.BUFFER} else after
         found.setdefault((node, outcome), Condition(slot, outcome, expression(node)))

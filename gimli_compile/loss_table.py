@@ -108,6 +108,11 @@ class LossTable:
         """Returns the tensors that the captured losses hold as constants."""
         return [tensor for gradient in self.all_gradients for tensor in gradient.exact.constants.values()]
 
+    def held(self) -> list[torch.Tensor]:
+        """Returns the tensors that anything captured here holds as constants."""
+        forwards = [forward.captured.program for group in self.forwards.values() for forward in group]
+        return self.constants() + [tensor for program in forwards for tensor in program.constants.values()]
+
     def evaluate(self, asked: Asked, draws: dict[Slot, torch.Tensor] | None = None) -> tuple[Any, Tensors]:
         """Returns the model's output, or the loss, and the new buffers; `draws` are made unless given."""
         capture = partial(self._capture_forward, asked)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gimli_compile.environment import Environment
+from gimli_compile.environment_walk import is_option
 from gimli_compile.errors import InputError, compose_message
 from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.scripted_modules import is_scripted, options_of, refuse_detaching, scripts_substituted
 from gimli_compile.shared_memory import refuse_shared_memory
-from gimli_compile.snapshot import is_number
 from gimli_compile.surroundings import surroundings
 from gimli_compile.tree_paths import named_leaves
 from gimli_compile.watching import Watch
 
 _Any = TypeVar("_Any")
-_FUNCTIONS = FunctionType, BuiltinFunctionType, MethodType, partial
 
 
 class ModelView:
@@ -42,6 +39,8 @@ class ModelView:
         self._watch: Watch | None = None
         self._surroundings: tuple[Any, ...] = ()
         self._kept: Mapping[int, Collection[str]] = {}
+        self.environment = Environment()
+        self._outside = 0
         _refuse_nothing(model)
         _refuse_uninitialized(self)
         refuse_detaching(self.modules())
@@ -64,24 +63,24 @@ class ModelView:
     def signature(self) -> tuple[Any, ...]:
         """Returns what a captured program of this model depends on besides parameters and buffers.
 
-        That is training flags and options, and which functions and hooks its modules hold; the default dtype and
-        autocast as well: they decide about dtypes within.
+        That is training flags and options, the default dtype and autocast, which decide about dtypes within, and what
+        its code reads besides.
         """
         self.refresh()
         return self.options
 
     def refresh(self) -> None:
         """Reads the model again if it changed: `params` and `buffers` by name, and `options`, its signature."""
-        around = surroundings()
-        if self._watch is not None and around == self._surroundings and self._watch.holds():
+        around, outside = surroundings(), self.environment.read()
+        is_around = around == self._surroundings and outside == self._outside
+        if self._watch is not None and is_around and self._watch.holds():
             return
-        self._watch, self._surroundings = None, around
+        self._watch, self._surroundings, self._outside = None, around, outside
         self.buffers = self._read_buffers()
         self.params = self._read_params()
         self.options = self._read_signature()
         modules = list(self.modules())
-        hooks = (part for m in modules for part in (m._forward_hooks, m._forward_pre_hooks))
-        registries = (*(part for m in modules for part in (m._parameters, m._buffers, m._modules)), *hooks)
+        registries = [part for m in modules for part in (m._parameters, m._buffers, m._modules)]
         if not any(map(is_scripted, modules)) and isinstance(self.model, nn.Module):
             self._watch = Watch([*modules, *registries])
 
@@ -120,6 +119,10 @@ class ModelView:
         found = {name: module for path, leaf in parts for name, module in leaf.named_modules(prefix=path)}
         return _each_once(found)
 
+    def modules_and_state(self) -> list[tuple[nn.Module, Collection[str]]]:
+        """Returns all modules, with the names of their attributes that are state."""
+        return [(module, self._kept.get(id(module), ())) for module in self.modules()]
+
     def leave_out(self, kept: Mapping[int, Collection[str]]) -> None:
         """Takes attributes, by the id of their module, out of the options: they are state."""
         self._kept, self._watch = kept, None
@@ -146,20 +149,15 @@ class ModelView:
         found = tuple(
             (
                 id(module),
-                *(
-                    (key, _Same(value) if isinstance(value, _FUNCTIONS) else value)
-                    for key, value in options_of(module)
-                    if (_is_option(value) or _are_options(value) or isinstance(value, _FUNCTIONS))
-                    and key not in self._kept.get(id(module), ())
-                ),
-                ("hooks", (*map(_Same, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())),)),
+                *((key, value) for key, value in options_of(module) if is_option(value) and key not in state),
             )
-            for module in self.modules()
+            for module, state in self.modules_and_state()
         )
-        found = (("surroundings", *zip(("default dtype", "autocast"), self._surroundings, strict=True)), *found)
+        around = zip(("default dtype", "autocast"), self._surroundings, strict=True)
+        found = (("surroundings", *around), ("environment", ("number", self._outside)), *found)
         if isinstance(self.model, nn.Module):
             return found
-        others = ((path, leaf) for path, leaf in named_leaves(self.model) if _is_option(leaf))
+        others = ((path, leaf) for path, leaf in named_leaves(self.model) if is_option(leaf))
         return (*found, (id(self.model), *others))
 
     @contextmanager
@@ -173,15 +171,16 @@ class ModelView:
         by_id = {id(live[name]): tensor for name, tensor in tensors.items() if name in live}
         before = [(module, vars(module)) for module in self.modules() if not is_scripted(module)]
         known = (self._watch, self._surroundings, self.params, self.buffers, self.options)
-        try:
-            for module, attributes in before:
-                module.__dict__ = {key: _replace(value, by_id) for key, value in attributes.items()}
-            with scripts_substituted(list(self.modules()), by_id):
-                yield
-        finally:
-            for module, attributes in before:
-                module.__dict__ = attributes
-            self._watch, self._surroundings, self.params, self.buffers, self.options = known
+        with self.environment.frozen():
+            try:
+                for module, attributes in before:
+                    module.__dict__ = {key: _replace(value, by_id) for key, value in attributes.items()}
+                with scripts_substituted(list(self.modules()), by_id):
+                    yield
+            finally:
+                for module, attributes in before:
+                    module.__dict__ = attributes
+                self._watch, self._surroundings, self.params, self.buffers, self.options = known
 
     def tensor_attributes(self) -> dict[tuple[int, str], torch.Tensor]:
         """Returns the tensors that modules hold as plain attributes, by module and name."""
@@ -212,30 +211,8 @@ def changed_attributes(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[
     changed = []
     for old, new in zip(before, after, strict=True):
         was = dict(old[1:])
-        options = (pair for pair in new[1:] if not isinstance(pair[1], _Same))
-        changed += [key for key, value in options if key in was and was[key] != value]
+        changed += [key for key, value in new[1:] if key in was and was[key] != value]
     return changed
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """Equals what holds the very same object, which is kept alive."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _is_option(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, str)) or is_number(value)
-
-
-def _are_options(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_option, value))
 
 
 def _replace(value: Any, by_id: Mapping[int, torch.Tensor]) -> Any:
@@ -272,7 +249,7 @@ def _refuse_nothing(model: Any) -> None:
             "or lists, tuples and dicts of them."
         )
     for path, leaf in named_leaves(model):
-        if isinstance(leaf, (nn.Module, torch.Tensor)) or _is_option(leaf):
+        if isinstance(leaf, (nn.Module, torch.Tensor)) or is_option(leaf):
             continue
         raise InputError(
             compose_message(

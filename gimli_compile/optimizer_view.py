@@ -12,6 +12,7 @@ import torch
 
 from gimli_compile.assignments import assigned_paths
 from gimli_compile.differentiable_forms import differentiable_forms
+from gimli_compile.environment import Environment
 from gimli_compile.errors import CaptureError, InputError, compose_message
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.kept_attributes import kept_paths, read_kept
@@ -64,6 +65,7 @@ class OptimizerView:
         self.per_parameter = per_parameter
         self.opaque = opaque
         self.sparse = False
+        self.environment = Environment()
         self._watch: Watch | None = None
         self.last_checked: Any = None  # what `read` gave when the options were compared last
         self.skeleton, self.values = self.read()

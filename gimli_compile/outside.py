@@ -168,6 +168,14 @@ def names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(names_in, inner))
 
 
+def with_inner(code: CodeType) -> Iterator[CodeType]:
+    """Yields code and the code that is defined inside of it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from with_inner(constant)
+
+
 def _is_stateful(owner: Any) -> bool:
     return not isinstance(owner, type) and callable(getattr(type(owner), "state_dict", None))
 

@@ -21,6 +21,7 @@ from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
 from gimli_compile.graph_nodes import add_node
 from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.metadata import fake_like, operator_name, storage_of, with_declared_mutation, written_tensors
+from gimli_compile.outside_values import OutsideValues
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
 from gimli_compile.refusals import (
@@ -106,6 +107,7 @@ class Recorder(TorchDispatchMode):
         self.live: dict[Any, str] = {}  # by their memory
         self.kept: dict[Any, str] = {}
         self.extents = Extents(self)
+        self.outside = OutsideValues(self)
         self.sparse = SparseTensors(self)
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
@@ -160,6 +162,7 @@ class Recorder(TorchDispatchMode):
             node = self.add_input(slot, tensor, 0)
             self.constants[slot] = tensor
             self._fixed.add(memory)
+            self.outside.add(node)
         return node
 
     def rename(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
@@ -219,7 +222,8 @@ class Recorder(TorchDispatchMode):
             self.add_call(aten.full.default, ([], tensor.item()), options, tensor)
             self._reach[storage_of(tensor)] = 0
         else:
-            self._nodes[tensor] = self.node_of(tensor.detach().clone())
+            node = self._nodes[tensor] = self.node_of(tensor.detach().clone())
+            self.outside.discard(node)
             self._reach[storage_of(tensor)] = 0
         return tensor
 
@@ -229,6 +233,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             reach |= self.reach(tensor)
         self._refuse(func, args, kwargs, reach)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.outside.pin(masks_of(func, args) if func is aten.index.Tensor else tensors)
         node_args, node_kwargs = map_tensors((args, kwargs), self.node_of)
         shared = {storage_of(tensor) for tensor in tensors}
         out = lazy_copy(args[0]) if func is aten.clone.default and not kwargs else func(*args, **kwargs)
@@ -237,6 +243,8 @@ class Recorder(TorchDispatchMode):
             self.add_call(func, node_args, node_kwargs, out)
         elif reach and out is not None:
             raise value_read(func._opname, in_model=self.region is Region.LOSS)
+        elif out is not None:
+            self.outside.pin(tensors)
         self.extents.follow(func, tensors, out)
         if func in SELECTING and isinstance(out, torch.Tensor) and any(map(self.reach, masks_of(func, args))):
             self.extents.select(func, args, out)
@@ -355,12 +363,7 @@ class Recorder(TorchDispatchMode):
             if self.reach(tensor) & DATA:
                 raise varying_distribution(func._opname)
             if self.reach(tensor):
-                with self.paused():
-                    fixed = tensor.detach().clone()
-                with self:
-                    same = aten.all.default(aten.eq.Tensor(tensor, fixed))
-                    self.expect(same)
-                self.node_of(same).meta["fixed"] = True
+                self.outside.expect_same(tensor)
                 what = f"what `{func._opname}` draws from is a constant of the program"
                 self.baked.append(Baked(what, self._source()))
 

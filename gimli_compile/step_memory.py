@@ -20,8 +20,8 @@ from gimli_compile.comparison import close
 from gimli_compile.contents import length_of
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
 from gimli_compile.host_draws import generators_forked, host_states
-from gimli_compile.kept_attributes import methods_of, with_inner
-from gimli_compile.outside import reachable_from
+from gimli_compile.kept_attributes import methods_of
+from gimli_compile.outside import reachable_from, with_inner
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.provenance import SourceLine, source_of
 from gimli_compile.row_gradients import as_rows

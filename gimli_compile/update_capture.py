@@ -154,7 +154,9 @@ class UpdateTracing:
         if leaf.kind == "tensor":
             return self._declared(leaf, traced)
         form = traced if traced.dtype == torch.float64 else traced.to(torch.float64)
-        return make_number(plain_value(value, leaf.kind), form, self.recorder)
+        with self.recorder.paused():
+            number = plain_value(value, leaf.kind)
+        return make_number(number, form, self.recorder)
 
     def _declared(self, leaf: Leaf, traced: torch.Tensor) -> torch.Tensor:
         with self.recorder.paused():
@@ -240,7 +242,7 @@ def _finish(
         node = returned[slot]
         leaves = ancestry[node]
         found = after if any(_is_data(leaf, slot_of[leaf]) for leaf in leaves) else before
-        if not leaves or (node, outcome) in found:
+        if (not leaves and not node.meta.get("fixed")) or (node, outcome) in found:
             drop.add(slot)
             continue
         found[node, outcome] = Condition(slot, outcome, expression(node), node.meta.get("fixed", False))

@@ -97,18 +97,21 @@ class UpdateTable:
         """Returns the known variants that hold before the step; of the gradients, only the form matters."""
         values = inputs.by_slot()
         watched = frozenset(path for path, value in inputs.hyper.items() if is_differentiated(value))
-        return [one for one in self._variants.get(signature(inputs), ()) if one.holds(values, watched)]
+        return [one for one in self._variants.get(self._key(inputs), ()) if one.holds(values, watched)]
+
+    def _key(self, inputs: UpdateInputs) -> Any:
+        return signature(inputs), self.view.environment.read()
 
     def _candidates(
         self, inputs: UpdateInputs, values: dict[Slot, torch.Tensor], watched: frozenset[str]
     ) -> Iterator[UpdateVariant]:
         """Yields the known variants that hold before the step, then one that is captured from these values."""
-        group = self._variants.setdefault(signature(inputs), [])
+        group = self._variants.setdefault(self._key(inputs), [])
         rewound = host_states() if any(variant.draws_on_host for variant in group) else None
         for variant in list(group):
             if variant.holds(values, watched):
                 yield variant
-        with generators_forked(rewound), DrawsUndone():
+        with generators_forked(rewound), DrawsUndone(), self.view.environment.frozen():
             captured = self._capture(representatives_of(inputs), watched)
         group.append(captured)
         warn_of_baked(captured.baked)

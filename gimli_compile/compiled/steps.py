@@ -48,12 +48,16 @@ class StepFunction:
         return gradient, update
 
     @cached_property
-    def inputs(self) -> tuple[Slot, ...]:
-        """What the step takes: parameters, buffers, state, hyperparameters, batch, meta, draws and constants."""
+    def _all_programs(self) -> tuple[Program, ...]:
+        """Those of the step, what decides about conditions, and the joint gradient of mixed mode."""
         owners = (self.variant,) if self.gradient is None else (self.gradient, self.variant)
         deciders = [owner.decide for owner in owners if owner.decide is not None]
-        joints = () if self.joint is None else (self.joint,)
-        slots = [slot for program in (*self.programs, *deciders, *joints) for slot in program.inputs]
+        return (*self.programs, *deciders, *(() if self.joint is None else (self.joint,)))
+
+    @cached_property
+    def inputs(self) -> tuple[Slot, ...]:
+        """What the step takes: parameters, buffers, state, hyperparameters, batch, meta, draws and constants."""
+        slots = [slot for program in self._all_programs for slot in program.inputs]
         return tuple(dict.fromkeys(slot for slot in (*slots, *self.variant.pins) if slot.role not in CROSSING))
 
     @cached_property
@@ -78,8 +82,7 @@ class StepFunction:
     @cached_property
     def constants(self) -> dict[Slot, Tensor]:
         """The tensors that the programs hold."""
-        programs = self.programs if self.joint is None else (*self.programs, self.joint)
-        return {slot: value for program in programs for slot, value in program.constants.items()}
+        return {slot: value for program in self._all_programs for slot, value in program.constants.items()}
 
     @property
     def skeleton(self) -> Skeleton:
