@@ -32,10 +32,11 @@ class Environment:
         self._number = 0
         self._is_frozen = False
         self._is_told = False
+        self._is_stale = False
 
     def read(self) -> int:
         """Returns the number of what all of it holds now: the same number, the same values."""
-        if self._is_frozen or (self._walk is not None and self._walk.holds()):
+        if self._is_frozen or (self._walk is not None and not self._is_stale and self._walk.holds()):
             return self._number
         before, now = self._walk, self._look_again()
         if before is not None and before.tensors != now.tensors:
@@ -47,6 +48,11 @@ class Environment:
             self._is_told = True
             _warn_of_many(_changed(before, now))
         return self._number
+
+    def follow(self, name: str) -> None:
+        """Looks from now on also at what methods of this name read."""
+        self._names.own.add(name)
+        self._is_stale = True
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -66,7 +72,6 @@ class Environment:
             before = self._walk
             if before is not None and not before.holds():
                 now = self._look_again()
-                self._numbers.setdefault((self._rebound, now.key()), self._number)
                 changed = _changed(before, now)
                 # Programs hold the tensors that were there before.
                 now.tensors.update({at: held for at, held in before.tensors.items() if at in now.tensors})
@@ -74,7 +79,7 @@ class Environment:
 
     def _look_again(self) -> Walk:
         """Walks with all names that the code uses: what is found may name more."""
-        reached = self._reached()
+        reached, self._is_stale = self._reached(), False
         while True:
             walk = self._walk = Walk(reached, self._names)
             if all(map(set.issubset, walk.names, self._names)):

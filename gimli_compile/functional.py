@@ -29,7 +29,8 @@ from gimli_compile.argument_checks import (
 from gimli_compile.compiled.backends import choose_backend
 from gimli_compile.compiled.call_reading import CallReader
 from gimli_compile.compiled.calls import Compiler, replay, step_compiled, unroll_compiled
-from gimli_compile.environment import Environment, Reached
+from gimli_compile.environment import Environment
+from gimli_compile.environment_walk import Reached
 from gimli_compile.evaluation import evaluate
 from gimli_compile.example_steps import example_table, used_paths
 from gimli_compile.hyper_values import HyperReader
@@ -47,18 +48,11 @@ from gimli_compile.method_view import MethodView
 from gimli_compile.model_view import ModelView
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.protocol import choose_protocol
+from gimli_compile.reached import reached_from
 from gimli_compile.restoring import write_back
 from gimli_compile.row_gradients import as_rows, gradients_of, put_gradients
 from gimli_compile.schedulers import Schedulers, check_objects, check_schedulers
-from gimli_compile.several_optimizers import (
-    as_one,
-    check_default_step,
-    full_kind_of,
-    groups_by_optimizer,
-    kind_of,
-    members,
-)
-from gimli_compile.skeleton import owners_of
+from gimli_compile.several_optimizers import as_one, check_default_step, full_kind_of, groups_by_optimizer, kind_of
 from gimli_compile.state import Hyperparameters, OptState, Tensors, TrainState, build_hyperparameters
 from gimli_compile.step_adjoint import StepAdjoint
 from gimli_compile.step_capture import capture_step
@@ -113,7 +107,6 @@ class Functional(Inspection):
         names, modules = self._model_view.param_names, set(map(id, self._model_view.modules()))
         self._view = OptimizerView(one, names, per_parameter=per_parameter, opaque=modules, schedulers=self._schedulers)
         self._hyper_reader = HyperReader(self._view)
-        self._view.environment = self._model_view.environment = Environment(self._reached)
         self._title = f"{full_kind_of(one)} over {type(model).__name__}"
         self._losses = LossTable(self._model_view, loss_fn, type(model).__name__)
         self._protocol = choose_protocol(self._view, is_needed=train_step is None)
@@ -121,6 +114,7 @@ class Functional(Inspection):
         self._methods: dict[str, UpdateTable] = {}
         self._identity = self._model_view.identity()
         self._trained = [n for n in self._view.param_names() if self._model_view.live_params[n].requires_grad]
+        self._view.environment = self._model_view.environment = Environment(self._reached)
         self._stepper = self._make_stepper()
         self.last_plan: Plan | None = None
         self._adjoint = StepAdjoint(self._stepper) if isinstance(self._stepper, SplitStepper) else None
@@ -161,15 +155,8 @@ class Functional(Inspection):
         return WholeStepper(self._model_view, UpdateTable(view, self._title, capture_step), self._keeps_buffers)
 
     def _reached(self) -> Reached:
-        """Returns from where code reads what is no argument of it."""
-        owners = owners_of(self._view.read()[0])
-        groups = [part for one in members(self._view.optimizer) for part in (one.param_groups, *one.param_groups)]
-        return Reached(
-            roots=(self.loss_fn, self.train_step, *map(type, owners), *self._view.functions()),
-            modules=self._model_view.modules_and_state(),
-            known=set(map(id, (*owners, *groups))),
-            constants=lambda: [*self._stepper.constants(), *self._updates.constants(), *self._losses.held()],
-        )
+        tables = (self._losses, self._updates, *self._methods.values())
+        return reached_from((self.loss_fn, self.train_step), self._view, self._model_view, self._stepper, tables)
 
     # ------------------------------------------------------------------ values
 
@@ -253,6 +240,7 @@ class Functional(Inspection):
         check_state(state.opt_state, self._view)
         check_method(self._view.optimizer, method)
         if method not in self._methods:
+            self._view.environment.follow(method)
             title = self._title.replace(" over ", f".{method} over ", 1)
             self._methods[method] = UpdateTable(MethodView(self._view, method), title)
         inputs = UpdateInputs(state.params, state.grads, state.opt_state, self._hyper_values(hyper))

@@ -57,7 +57,8 @@ class Forward:
 def takes_meta(function: Callable[..., Any], places: int = 3) -> bool:
     """Tells whether a loss takes a third argument, the meta-parameters; a train step takes them as its fourth."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):
         return True
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

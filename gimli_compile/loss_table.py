@@ -109,9 +109,11 @@ class LossTable:
         return [tensor for gradient in self.all_gradients for tensor in gradient.exact.constants.values()]
 
     def held(self) -> list[torch.Tensor]:
-        """Returns the tensors that anything captured here holds as constants."""
-        forwards = [forward.captured.program for group in self.forwards.values() for forward in group]
-        return self.constants() + [tensor for program in forwards for tensor in program.constants.values()]
+        """Returns the tensors that anything captured here holds as constants, what decides about it included."""
+        forwards = [forward for group in self.forwards.values() for forward in group]
+        captured = [one.captured for one in (*self.all_gradients, *forwards)]
+        programs = [program for one in captured for program in (one.program, one.decide) if program is not None]
+        return [tensor for program in programs for tensor in program.constants.values()]
 
     def evaluate(self, asked: Asked, draws: dict[Slot, torch.Tensor] | None = None) -> tuple[Any, Tensors]:
         """Returns the model's output, or the loss, and the new buffers; `draws` are made unless given."""

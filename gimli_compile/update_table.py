@@ -48,6 +48,11 @@ class UpdateTable:
         """Returns the tensors that the captured updates hold as constants."""
         return [tensor for variant in self.variants for tensor in variant.program.constants.values()]
 
+    def held(self) -> list[torch.Tensor]:
+        """Returns the tensors that anything captured here holds as constants, what decides about it included."""
+        programs = [program for one in self.variants for program in (one.program, one.decide) if program is not None]
+        return [tensor for program in programs for tensor in program.constants.values()]
+
     def example(self, state: TrainState, hyper: dict[str, torch.Tensor], trained: list[str]) -> None:
         """Captures the first and the second update, with made-up gradients."""
         generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -57,6 +57,7 @@ class Watch:
 
 
 _attributes_of = attrgetter("__dict__")
+_DICTS = (dict, OrderedDict, defaultdict)
 _SEQUENCES = (list, tuple, deque, set, frozenset)
 
 
@@ -67,5 +68,7 @@ def _is_readable(container: Any) -> bool:
 def _parts_of(container: Any) -> tuple[Any, ...]:
     """Returns what shows the contents of a container, as they are whenever one looks."""
     if isinstance(container, dict):
-        return container.keys(), container.values()
+        if type(container) in _DICTS:
+            return container.keys(), container.values()
+        return dict.keys(container), dict.values(container)  # whatever a class of the user's makes of them
     return (container,) if isinstance(container, _SEQUENCES) else ()

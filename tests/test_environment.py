@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import sys
@@ -10,6 +11,7 @@ import types
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,6 +32,55 @@ class Constants:
 @dataclasses.dataclass(slots=True)
 class Slotted:
     factor: float = 1.0
+
+
+class Hard:
+    """Does not let itself be looked at."""
+
+    __slots__ = ("unset",)
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __len__(self):
+        raise RuntimeError
+
+
+class Broken(dict):
+    """A dict that does not know how long it is."""
+
+    def __len__(self):
+        raise RuntimeError
+
+
+class Inheriting(Constants):
+    """Has the factor of its base until it is given one of its own."""
+
+
+class Dispatching:
+    """Finds its method by a name that it puts together."""
+
+    kind = "plain"
+
+    def __call__(self, model, batch):
+        return getattr(self, f"_{self.kind}_loss")(model, batch)
+
+    def _plain_loss(self, model, batch):
+        return FACTOR * mean(model, batch)
+
+
+class Steered(torch.autograd.Function):
+    """Scales the gradient by a global; torch calls what code never names."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """Leaves the value alone."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Scales what comes back."""
+        return FACTOR * grad
 
 
 class Weighing:
@@ -73,6 +124,7 @@ class Doubling(nn.Module):
 TEACHER = nn.Sequential(nn.Linear(3, 2), Doubling()).double()
 SETTINGS: Any = types.ModuleType("settings_of_the_user")
 SETTINGS.__file__, SETTINGS.factor = "settings_of_the_user.py", 1.0
+sys.modules["settings_of_the_user"] = SETTINGS
 
 
 def mean(model, batch):
@@ -112,6 +164,28 @@ def weighted(factor, model, batch):
 
 
 PARTIAL = {"factor": 1.0}
+SHARED = collections.UserDict(factor=1.0)
+ARRAY = np.ones(2)
+
+
+@functools.lru_cache
+def cached():
+    return FACTOR
+
+
+def importing(model, batch):
+    import settings_of_the_user  # pyright: ignore[reportMissingImports]  # noqa: PLC0415
+
+    return settings_of_the_user.factor * mean(model, batch)
+
+
+def with_code(model, batch, *, scale=1.0):
+    return scale * mean(model, batch)
+
+
+def change_cached(to):
+    set_global("FACTOR", to)
+    cached.cache_clear()
 
 
 # By name: a loss, and a change of what it reads from 1 to another value.
@@ -133,6 +207,31 @@ READ = {
     "an attribute of a class": (
         lambda m, b: Constants.factor * mean(m, b),
         lambda m, to: setattr(Constants, "factor", to),
+    ),
+    "an attribute that a class inherits": (
+        lambda m, b: Inheriting.factor * mean(m, b),
+        lambda m, to: setattr(Inheriting, "factor", to),
+    ),
+    "a method found by a name": (Dispatching(), lambda m, to: set_global("FACTOR", to)),
+    "a module that a function imports": (importing, lambda m, to: setattr(SETTINGS, "factor", to)),
+    "a mapping that is no dict": (
+        lambda m, b: SHARED["factor"] * mean(m, b),
+        lambda m, to: SHARED.update(factor=to),
+    ),
+    "a cached function": (lambda m, b: cached() * mean(m, b), lambda m, to: change_cached(to)),
+    "defaults that are others": (with_code, lambda m, to: setattr(with_code, "__kwdefaults__", {"scale": to})),
+    "an entry of an array": (lambda m, b: ARRAY[1] * mean(m, b), lambda m, to: ARRAY.__setitem__(1, to)),
+    "an array taken as a tensor": (
+        lambda m, b: torch.from_numpy(ARRAY).sum() * mean(m, b),
+        lambda m, to: ARRAY.__setitem__(1, to),
+    ),
+    "a tensor that is read as a number": (
+        lambda m, b: TENSOR.item() * mean(m, b),
+        lambda m, to: set_global("TENSOR", TENSOR.new_tensor(to)),
+    ),
+    "a shape": (
+        lambda m, b: m.tensors[0].numel() * mean(m, b),
+        lambda m, to: m.tensors.__setitem__(0, m.tensors[0].new_ones(3 if to != 1.0 else 1)),
     ),
     "a slot": (lambda m, b: SLOTTED.factor * mean(m, b), lambda m, to: setattr(SLOTTED, "factor", to)),
     "a namespace": (lambda m, b: NAMESPACE.factor * mean(m, b), lambda m, to: setattr(NAMESPACE, "factor", to)),
@@ -193,7 +292,11 @@ def _as_before():
         set_global(name, value)
     for one in (Constants, SLOTTED, NAMESPACE, WEIGHING, SETTINGS):
         one.factor = 1.0
-    TABLE["deep"][0]["factor"] = PARTIAL["factor"] = 1.0
+    TABLE["deep"][0]["factor"] = PARTIAL["factor"] = SHARED["factor"] = ARRAY[1] = 1.0
+    if "factor" in vars(Inheriting):
+        del Inheriting.factor
+    with_code.__kwdefaults__ = {"scale": 1.0}
+    cached.cache_clear()
     CHANGE_ENCLOSED(1.0)
     CRITERION.delta = 0.01
     TEACHER.train()
@@ -260,6 +363,70 @@ def test_programs_come_back_with_what_they_were_captured_for():
     assert len(fn._losses.all_gradients) == 2
 
 
+def test_a_change_of_what_a_custom_backward_reads_counts():
+    """Only torch calls `backward` of an autograd function."""
+    _, fn = functional(lambda m, b: Steered.apply(mean(m, b)))
+    batch, state = data(), fn.init()
+    moved = []
+    for factor in (1.0, 3.0):
+        set_global("FACTOR", factor)
+        moved.append(fn.step(state, batch)[0].params["inner.weight"] - state.params["inner.weight"])
+    torch.testing.assert_close(moved[1], 3 * moved[0])
+
+
+def test_a_learning_rate_that_the_loss_itself_reads_counts():
+    """To a step it is an input, to a loss it is not."""
+    model = Holding().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model, batch):
+        return optimizer.param_groups[0]["lr"] * mean(model, batch)
+
+    fn = gimli.functionalize(model, optimizer, loss)
+    batch = data()
+    first = fn.loss(fn.init(), batch)
+    optimizer.param_groups[0]["lr"] = 0.3
+    torch.testing.assert_close(fn.loss(fn.init(), batch), 3 * first)
+
+
+def test_hooks_of_the_optimizer_that_are_added_count():
+    """So do global ones."""
+    _, fn = functional(mean)
+    batch, state = data(), fn.init()
+
+    def halve(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(0.5)
+
+    before = fn.step(state, batch)[0].params["inner.weight"] - state.params["inner.weight"]
+    handle = fn.optimizer.register_step_pre_hook(halve)
+    after = fn.step(state, batch)[0].params["inner.weight"] - state.params["inner.weight"]
+    torch.testing.assert_close(after, 0.5 * before)
+    handle.remove()
+    again = fn.step(state, batch)[0].params["inner.weight"] - state.params["inner.weight"]
+    torch.testing.assert_close(again, before)
+
+
+def test_what_the_code_changed_and_the_user_sets_later_counts():
+    """A mode that a capture left behind was taken for the one that it had found."""
+    held = {"mode": 0}
+
+    def loss(model, batch):
+        weight = 1.0 + held["mode"]
+        held["mode"] = 1
+        return weight * mean(model, batch)
+
+    _, fn = functional(loss)
+    batch = data()
+    with pytest.warns(BakedValueWarning):
+        first = fn.loss(fn.init(), batch)
+    held["mode"] = 0
+    torch.testing.assert_close(fn.loss(fn.init(), batch), first)
+    held["mode"] = 1
+    torch.testing.assert_close(fn.loss(fn.init(), batch), 2 * first)
+
+
 class Scaled(torch.optim.SGD):
     """An optimizer whose code names a global."""
 
@@ -287,11 +454,20 @@ def test_a_change_of_what_the_optimizer_reads_counts(is_compiled):
     torch.testing.assert_close(moved[2], moved[0])
 
 
-def test_a_change_of_what_a_schedule_reads_counts():
+class Decaying:
+    """Gives the rates of a schedule by a method."""
+
+    def rate(self, epoch):
+        return FACTOR**epoch
+
+
+@pytest.mark.parametrize("kind", ["function", "method"])
+def test_a_change_of_what_a_schedule_reads_counts(kind):
     """A lambda of a scheduler is code as well."""
+    rates = {"function": lambda epoch: FACTOR**epoch, "method": Decaying().rate}
     model = Holding().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: FACTOR**epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates[kind])
     fn = gimli.functionalize(model, optimizer, mean, scheduler=scheduler)
     batch, state = data(), fn.init()
     moved = []
@@ -403,3 +579,44 @@ def test_batches_that_the_loss_reads_as_globals_are_told():
         for _ in range(20):
             held["batch"] = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
             assert fn.loss(fn.init(), None).item() == pytest.approx(loss(model, None).item(), abs=1e-12)
+
+
+class Linked:
+    """A list of objects, one behind the other."""
+
+    def __init__(self, length):
+        self.factor = 1.0
+        self.next: Any = Linked(length - 1) if length else None
+
+
+CHAIN, LONG = Linked(200), list(range(5000))
+
+
+HARD, BROKEN = Hard(), Broken(a=1)
+
+
+def test_objects_that_do_not_let_themselves_be_looked_at_are_no_error():
+    """They count as the objects that they are."""
+
+    def loss(model, batch):
+        return mean(model, batch) * (1.0 if HARD is not None and dict.__contains__(BROKEN, "a") else 2.0)
+
+    model, fn = functional(loss)
+    assert_live(fn, model, loss, data())
+
+
+def test_long_chains_and_lists_are_looked_at_in_part():
+    """What looks at everything must end: of a list of thousands, only another list counts."""
+
+    def loss(model, batch):
+        return CHAIN.next.next.factor * LONG[0] * mean(model, batch) if CHAIN.next else mean(model, batch)
+
+    model, fn = functional(loss)
+    batch, environment = data(), fn._model_view.environment
+    assert_live(fn, model, loss, batch)
+    before = environment.read()
+    CHAIN.next.next.factor = 2.0
+    changed = environment.read()
+    assert changed != before
+    LONG[1] = 7
+    assert environment.read() == changed
