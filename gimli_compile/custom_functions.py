@@ -45,7 +45,7 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
         reach = 0
         for tensor in tensors:
             reach |= recorder.reach(tensor)
-        if reach and not kwargs and not recorder._paused:
+        if reach and not kwargs and not recorder.is_paused:
             nodes = tree_map_only(torch.Tensor, recorder.node_of, args)
             recorder.add_call(_call_of(kind), nodes, {}, out, override=True)
         return out

@@ -36,9 +36,12 @@ class OutsideValues:
 
     def pin(self, tensors: Iterable[torch.Tensor]) -> None:
         """Makes it a condition of the program that tensors keep their values, as far as these come from outside."""
+        recorder = self._recorder
+        if recorder.is_paused:  # the project's own code looks
+            return
         for tensor in tensors:
-            node = self._recorder.node_of(tensor)
-            if not self._recorder.reach(tensor) and node not in self._pinned and self._comes_from_outside(node):
+            node = recorder.node_of(tensor)
+            if not recorder.reach(tensor) and node not in self._pinned and self._comes_from_outside(node):
                 self._pinned.add(node)
                 self.expect_same(tensor)
 

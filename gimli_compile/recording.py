@@ -115,7 +115,7 @@ class Recorder(TorchDispatchMode):
         self._forward_lines: dict[int, SourceLine | None] = {}
         self._last_line: SourceLine | None = None
         self._last_input: fx.Node | None = None
-        self._paused = False
+        self.is_paused = False
         self._grad_at_entry = True
         self.host_states: Any = None
         self._around = torch._C._current_autograd_node()  # capture may happen inside an outer backward pass
@@ -178,11 +178,11 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Runs what is inside without recording it."""
-        before, self._paused = self._paused, True
+        before, self.is_paused = self.is_paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self.is_paused = before
 
     @contextmanager
     def in_region(self, region: Region) -> Iterator[None]:
@@ -199,7 +199,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and records it."""
         kwargs = kwargs or {}
-        if self._paused or func.namespace == "profiler" or func in _NOT_RECORDED:
+        if self.is_paused or func.namespace == "profiler" or func in _NOT_RECORDED:
             return func(*args, **kwargs)
         if self.sparse.concerns(func, args, kwargs, making=self.region is not Region.LOSS):
             return self.sparse.call(func, args, kwargs)
