@@ -23,7 +23,7 @@ _MANY_PROGRAMS = 16  # captures after which one is told
 class Environment:
     """What functions, the methods of objects and the modules of a model read besides their arguments."""
 
-    def __init__(self, reached: Callable[[], Reached] = lambda: Reached((), (), (), tuple)) -> None:
+    def __init__(self, reached: Callable[[], Reached] = lambda: Reached((), (), (), (), tuple)) -> None:
         self._reached = reached
         self._names = Names({"forward", "step"}, set())
         self._walk: Walk | None = None

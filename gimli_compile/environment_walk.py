@@ -68,13 +68,14 @@ class Reached(NamedTuple):
     """From where the environment is looked at.
 
     `roots` are functions and classes whose code is run, `modules` those of the model with the names of attributes that
-    are state, `known` the ids of objects whose numbers are inputs of programs, `constants` the tensors that captured
-    programs hold.
+    are state, `known` the ids of objects whose numbers are inputs of programs, except of the code that the roots at the
+    places `apart` reach; `constants` gives the tensors that captured programs hold.
     """
 
     roots: Iterable[Any]
     modules: Iterable[tuple[nn.Module, Collection[str]]]
     known: Collection[int]
+    apart: Collection[int]
     constants: Callable[[], Iterable[torch.Tensor]]
 
 
@@ -87,7 +88,8 @@ class Walk:
         self.tensors: dict[Path, Same] = {}
         self._own, self._all = names.own, names.all
         self._reads_any = _ANY in names.own
-        self._known = {*reached.known, *(id(module) for module, _ in reached.modules)}
+        self._known, self._apart = frozenset(reached.known), reached.apart
+        self._modules = {id(module) for module, _ in reached.modules}
         self._seen: dict[int, tuple[int, Any]] = {}
         self._pending: deque[tuple[Path, Any]] = deque()
         self._entries: list[tuple[Callable[[Any], Any], Any, Any]] = []
@@ -159,7 +161,7 @@ class Walk:
             return
         if isinstance(value, _WRAPPERS):
             value = value.__func__
-        if id(value) in self._known:
+        if id(value) in self._modules or (id(value) in self._known and path[0] not in self._apart):
             self.found.append((path, "known"))
             return
         seen = self._seen.get(id(value))
@@ -202,16 +204,17 @@ class Walk:
         if len(value) > _MANY:
             self.found.append((path, Same(value)))
             return
+        items = list(dict.values(value) if isinstance(value, dict) else value)
         self._keep(value)
         self.found.append((path, "holds", type(value), len(value)))
         if isinstance(value, dict):
             keys = [key if _is_plain(key) else Same(key) for key in dict.keys(value)]
-            self._add(path, zip(keys, dict.values(value), strict=True))
+            self._add(path, zip(keys, items, strict=True))
         elif isinstance(value, (set, frozenset)):
             plain = {item for item in value if isinstance(item, (str, bytes)) or is_number(item)}
             self.found.append((path, frozenset(plain), *sorted((Same(item) for item in value - plain), key=hash)))
         else:
-            self._add(path, enumerate(value))
+            self._add(path, enumerate(items))
         if hasattr(value, "__dict__"):
             self._open_object((*path, "attributes"), value)
 

@@ -24,7 +24,10 @@ def reached_from(
     stepper: SplitStepper | WholeStepper,
     tables: Collection[LossTable | UpdateTable],
 ) -> Reached:
-    """Returns what the environment of these is found from; `tables` are those of the programs besides the stepper's."""
+    """Returns what the environment of these is found from.
+
+    `code` is the loss and the train step, `tables` are those of the programs besides the stepper's.
+    """
     skeleton, optimizers = view.read()[0], members(view.optimizer)
     owners, held = owners_of(skeleton), opaque_of(skeleton)
     hooks = [vars(one).get(name) for one in optimizers if hasattr(one, "__dict__") for name in STEP_HOOKS]
@@ -37,7 +40,8 @@ def reached_from(
     return Reached(
         roots=(*code, *map(type, owners), *held, *hooks, *GLOBAL_HOOKS),
         modules=model.modules_and_state(),
-        # A loss has no numbers of the optimizer as inputs; a step has them all.
-        known=set() if isinstance(stepper, SplitStepper) else set(map(id, known)),
+        known=set(map(id, known)),
+        # A loss alone has no numbers of the optimizer as inputs; a step has them all.
+        apart=(0,) if isinstance(stepper, SplitStepper) else (),
         constants=constants,
     )

@@ -46,6 +46,13 @@ class Hard:
         raise RuntimeError
 
 
+class Endless(list):
+    """A list that does not say what it holds."""
+
+    def __iter__(self):
+        raise RuntimeError
+
+
 class Broken(dict):
     """A dict that does not know how long it is."""
 
@@ -374,6 +381,21 @@ def test_a_change_of_what_a_custom_backward_reads_counts():
     torch.testing.assert_close(moved[1], 3 * moved[0])
 
 
+def test_a_scheduler_that_runs_outside_captures_nothing():
+    """It wraps the step of the optimizer in a function that holds the optimizer: its rate is an input all the same."""
+    model = Holding().double()
+    optimizer = Scaled(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    fn = gimli.functionalize(model, optimizer, mean)
+    batch, numbers = data(), set()
+    for _ in range(3):
+        fn.unroll(fn.init(), [batch])
+        numbers.add(fn._model_view.environment.read())
+        optimizer.step()
+        scheduler.step()
+    assert len(numbers) == len(fn._losses.all_gradients) == 1
+
+
 def test_a_learning_rate_that_the_loss_itself_reads_counts():
     """To a step it is an input, to a loss it is not."""
     model = Holding().double()
@@ -592,14 +614,15 @@ class Linked:
 CHAIN, LONG = Linked(200), list(range(5000))
 
 
-HARD, BROKEN = Hard(), Broken(a=1)
+HARD, BROKEN, ENDLESS = Hard(), Broken(a=1), Endless([1])
 
 
 def test_objects_that_do_not_let_themselves_be_looked_at_are_no_error():
     """They count as the objects that they are."""
 
     def loss(model, batch):
-        return mean(model, batch) * (1.0 if HARD is not None and dict.__contains__(BROKEN, "a") else 2.0)
+        known = HARD is not None and dict.__contains__(BROKEN, "a") and list.__getitem__(ENDLESS, 0) == 1
+        return mean(model, batch) * (1.0 if known else 2.0)
 
     model, fn = functional(loss)
     assert_live(fn, model, loss, data())
