@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.findings import Baked, Guard
 from gimli_compile.provenance import current_source, user_source
-from gimli_compile.recording import COUNTED, DATA, Baked, Guard, Recorder, Region
+from gimli_compile.recording import COUNTED, DATA, Recorder, Region
 
 Plain = float | int
 _DISGUISE = -(2**70)  # no index, no size, and no loop over it runs for long

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from gimli_compile.findings import Baked
 from gimli_compile.program import Program
-from gimli_compile.recording import Baked
 from gimli_compile.skeleton import leaves_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.update_values import UpdateInputs, UpdateOutputs

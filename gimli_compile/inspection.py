@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from gimli_compile.argument_checks import check_plain
+from gimli_compile.findings import Baked
 from gimli_compile.loss_table import LossTable
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.programs import Programs
 from gimli_compile.protocol import Protocol
-from gimli_compile.recording import Baked
 from gimli_compile.requirement_capture import capture_for_requirements
 from gimli_compile.requirements import Requirements, decide_requirements
 from gimli_compile.several_optimizers import kind_of

@@ -24,7 +24,7 @@ class OutsideValues:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._nodes: set[fx.Node] = set()
-        self._pinned: set[fx.Node] = set()
+        self._pinned: set[tuple[fx.Node, int]] = set()
 
     def add(self, node: fx.Node) -> None:
         """Announces a constant."""
@@ -41,8 +41,9 @@ class OutsideValues:
             return
         for tensor in tensors:
             node = recorder.node_of(tensor)
-            if not recorder.reach(tensor) and node not in self._pinned and self._comes_from_outside(node):
-                self._pinned.add(node)
+            read = node, 0 if tensor.is_inference() else tensor._version
+            if not recorder.reach(tensor) and read not in self._pinned and self._comes_from_outside(node):
+                self._pinned.add(read)
                 self.expect_same(tensor)
 
     def expect_same(self, tensor: torch.Tensor) -> None:

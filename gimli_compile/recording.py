@@ -6,7 +6,6 @@ import enum
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gimli_compile.aliases import refuse_hidden
 from gimli_compile.call_arguments import map_tensors, tensors_of
+from gimli_compile.constant_selections import ConstantSelections
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
+from gimli_compile.findings import Baked, Guard
 from gimli_compile.graph_nodes import add_node
 from gimli_compile.lazy_copies import lazy_copy
 from gimli_compile.metadata import fake_like, operator_name, storage_of, with_declared_mutation, written_tensors
@@ -60,26 +61,6 @@ class Region(enum.Enum):
     OPTIMIZER = "the optimizer: a detach only says that eager training needs no graph"
 
 
-@dataclass(frozen=True)
-class Guard:
-    """A condition that held during capture: `node` is a 0-dim bool, `outcome` what it was."""
-
-    node: fx.Node
-    outcome: bool
-    source: SourceLine | None
-
-
-@dataclass(frozen=True)
-class Baked:
-    """What was said of a number that entered the program as a constant, and the line that made it one."""
-
-    what: str
-    source: SourceLine | None
-
-    def __str__(self) -> str:
-        return self.what if self.source is None else f"{self.what}\n  {self.source}"
-
-
 class Recorder(TorchDispatchMode):
     """A dispatch mode that turns what runs under it into a graph.
 
@@ -108,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self.kept: dict[Any, str] = {}
         self.extents = Extents(self)
         self.outside = OutsideValues(self)
+        self.fixed = ConstantSelections(self)
         self.sparse = SparseTensors(self)
         self._nodes = WeakTensorKeyDictionary()
         self._reach: dict[Any, int] = {}
@@ -221,10 +203,14 @@ class Recorder(TorchDispatchMode):
             options = {"dtype": tensor.dtype, "device": tensor.device}
             self.add_call(aten.full.default, ([], tensor.item()), options, tensor)
             self._reach[storage_of(tensor)] = 0
-        else:
-            node = self._nodes[tensor] = self.node_of(tensor.detach().clone())
-            self.outside.discard(node)
-            self._reach[storage_of(tensor)] = 0
+            return tensor
+        return self.as_constant(tensor)
+
+    def as_constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Lets a tensor be a constant of the value that it has now."""
+        node = self._nodes[tensor] = self.node_of(tensor.detach().clone())
+        self.outside.discard(node)
+        self._reach[storage_of(tensor)] = 0
         return tensor
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -233,8 +219,9 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             reach |= self.reach(tensor)
         self._refuse(func, args, kwargs, reach)
-        if torch.Tag.dynamic_output_shape in func.tags:
-            self.outside.pin(masks_of(func, args) if func is aten.index.Tensor else tensors)
+        selected = self.fixed.call(func, args, kwargs)
+        if selected is not None:
+            return selected
         node_args, node_kwargs = map_tensors((args, kwargs), self.node_of)
         shared = {storage_of(tensor) for tensor in tensors}
         out = lazy_copy(args[0]) if func is aten.clone.default and not kwargs else func(*args, **kwargs)

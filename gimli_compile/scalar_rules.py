@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gimli_compile.call_arguments import tensors_of
 from gimli_compile.concolic import IntNumber, Number, bake, plain
+from gimli_compile.findings import Baked
 from gimli_compile.provenance import current_source
-from gimli_compile.recording import Baked
 
 if TYPE_CHECKING:
     from gimli_compile.interception import Interception

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 from torch import fx
 
+from gimli_compile.findings import Baked
 from gimli_compile.program import Program
 from gimli_compile.provenance import SourceLine
-from gimli_compile.recording import Baked
 from gimli_compile.slot import Slot
 
 # Eight answers choose one of 256 values: less than the part of a percent by which an outer loop moves anything.

@@ -39,11 +39,13 @@ def masks_of(func: Any, args: Any) -> list[torch.Tensor]:
     return [index for index in args[1] if index is not None and index.dtype in _MASKED]
 
 
-def _is_write(func: Any) -> bool:
+def is_write(func: Any) -> bool:
+    """Tells whether an operator may write through a mask."""
     return func._opname.removesuffix("_") in _WRITES
 
 
-def _is_mask(value: Any) -> bool:
+def is_mask(value: Any) -> bool:
+    """Tells whether a value is a mask."""
     return isinstance(value, torch.Tensor) and value.dtype in _MASKED
 
 
@@ -108,8 +110,8 @@ class Extents:
     def refuse_each(self, func: Any, args: Any, kwargs: Any, is_each: Callable[[torch.Tensor], bool]) -> None:
         """Refuses numbers that are one for each element of a parameter where there are selected elements only."""
         tensors = tensors_of((args, kwargs))
-        if _is_write(func):
-            written = args[2] if any(map(_is_mask, tree_leaves(args[1]))) else None
+        if is_write(func):
+            written = args[2] if any(map(is_mask, tree_leaves(args[1]))) else None
             meeting = isinstance(written, torch.Tensor) and bool(written.dim()) and is_each(written)
             if meeting and not self.knows(written):
                 raise number_for_each(func._opname)
@@ -125,7 +127,7 @@ class Extents:
         if self._gathered and carries and any(tensor in self._gathered for tensor in tensors):
             self._gather(out)
         extents = [self._found[tensor] for tensor in tensors if tensor in self._found]
-        if not extents or _is_write(func):
+        if not extents or is_write(func):
             return
         counts = {id(count): count for extent in extents for count in extent.counts}
         if not (self._carried or is_elementwise(func) or is_reduction(func)):

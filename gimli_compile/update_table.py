@@ -11,10 +11,10 @@ import torch
 from gimli_compile.collecting import rare_collections
 from gimli_compile.edges import edges_of, lift_edges
 from gimli_compile.errors import CaptureError, compose_message
+from gimli_compile.findings import Baked
 from gimli_compile.host_draws import generators_forked, host_states
 from gimli_compile.optimizer_view import OptimizerView
 from gimli_compile.owned_generators import DrawsUndone
-from gimli_compile.recording import Baked
 from gimli_compile.row_gradients import Gradient, RowGradient, made_up_gradients
 from gimli_compile.several_optimizers import kind_of
 from gimli_compile.slot import Role, Slot

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_map
 
 from gimli_compile.comparison import ROUNDINGS, close, largest_change, sampled
 from gimli_compile.errors import BakedValueWarning, CaptureError, compose_message
+from gimli_compile.findings import Baked
 from gimli_compile.host_draws import generators_forked
 from gimli_compile.optimizer_view import OptimizerView, dense_form
 from gimli_compile.owned_generators import generators_kept
 from gimli_compile.passes.liveness import compute_only
 from gimli_compile.program import Program
-from gimli_compile.recording import Baked
 from gimli_compile.row_gradients import as_rows
 from gimli_compile.row_gradients import by_slot as gradients_by_slot
 from gimli_compile.several_optimizers import kind_of

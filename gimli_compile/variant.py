@@ -8,12 +8,13 @@ from functools import cached_property
 
 import torch
 
+from gimli_compile.findings import Baked
 from gimli_compile.gradient_flow import carried_buffers
 from gimli_compile.passes.differentiability import check_derivatives
 from gimli_compile.passes.liveness import compute_only
 from gimli_compile.pipeline import first_order
 from gimli_compile.program import Program
-from gimli_compile.recording import HOST_DRAW, Baked
+from gimli_compile.recording import HOST_DRAW
 from gimli_compile.skeleton import Skeleton
 from gimli_compile.slot import Role, Slot
 from gimli_compile.transforms import is_differentiated, is_everywhere, outside_transforms
