@@ -72,6 +72,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
 
 def write(every: Sequence[Measured], output: Path) -> None:
     """Writes tables and plots."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     plots = [output.parent / f"{output.stem}_time.png", output.parent / f"{output.stem}_memory.png"]
     plot_times(every, plots[0])
     if not plot_memory(every, plots[1]):

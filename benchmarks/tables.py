@@ -133,7 +133,7 @@ def _environment(measured: Measured) -> str:
 
 
 def replace_measured(path: Path, text: str) -> None:
-    """Writes a text between the marks of a document."""
-    before, _, rest = path.read_text().partition(BEGIN)
+    """Writes a text between the marks of a document; one without marks, or that is not there yet, gets them."""
+    before, _, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
     _, _, after = rest.partition(END)
     path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

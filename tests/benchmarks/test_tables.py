@@ -69,15 +69,18 @@ def test_a_document_is_written_between_its_marks(tmp_path):
     assert path.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
 
 
-def test_rendering_measures_nothing(measured, tmp_path):
+@pytest.mark.parametrize("before", [f"{BEGIN}{END}", "words\n", None])
+def test_rendering_measures_nothing(measured, tmp_path, before):
+    """A document that was not there yet ended in an error, after all was measured."""
     measured.save(tmp_path / "results")
-    document = tmp_path / "performance.md"
-    document.write_text(f"{BEGIN}{END}")
+    document = tmp_path / "made" / "performance.md" if before is None else tmp_path / "performance.md"
+    if before is not None:
+        document.write_text(before)
     bench.main(["--render", "--results", str(tmp_path / "results"), "--output", str(document)])
     text = document.read_text()
     assert "(performance_time.png)" in text and "(performance_memory.png)" in text and table(measured) in text
-    assert (tmp_path / "performance_time.png").stat().st_size > 10_000
-    assert (tmp_path / "performance_memory.png").stat().st_size > 10_000
+    assert (document.parent / "performance_time.png").stat().st_size > 10_000
+    assert (document.parent / "performance_memory.png").stat().st_size > 10_000
 
 
 def test_rendering_nothing_says_so(tmp_path):
