@@ -1,4 +1,4 @@
-"""Custom autograd functions: the user's own derivative is kept, to every order."""
+"""Custom autograd functions and operators: the user's own derivative is kept, to every order."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from gimli_compile.recomputation import recomputation_recorded, run_reentrant
 from gimli_compile.recording import Recorder
+
+_OF_OPERATORS = "torch._library.autograd"  # where torch gives custom operators their derivatives
 
 
 @lru_cache(maxsize=1024)
@@ -34,13 +36,17 @@ def custom_functions_recorded(recorder: Recorder) -> Iterator[None]:
 
     What its `forward` computes inside runs without gradients and is recorded as such (its backward may have saved it),
     but the results are those of the one call, so that differentiating the program uses the function's own `backward`.
-    That of a reentrant checkpoint only saves memory: what it runs is recorded.
+    That of a reentrant checkpoint only saves memory: what it runs is recorded. A custom operator (`torch.library`) is
+    one call already, and brings its derivative with it.
     """
 
     def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if kind is CheckpointFunction:
             return run_reentrant(*args)
         out = cast(Any, super(_SingleLevelFunction, kind)).apply(*args, **kwargs)
+        if kind.__module__ == _OF_OPERATORS:  # the operator itself was recorded
+            recorder.mark_differentiable(out)
+            return out
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         reach = 0
         for tensor in tensors:

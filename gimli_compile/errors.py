@@ -20,7 +20,7 @@ class ProgramError(GimliError):
 
 
 class CompileError(GimliError):
-    """A compiled program computes something else than the program that it was compiled from."""
+    """A program cannot be compiled, or what was compiled from it computes something else."""
 
 
 class BakedValueWarning(UserWarning):

@@ -13,11 +13,11 @@ import torch
 from torch import fx
 
 from gimli_compile import drawing
-from gimli_compile.forward_refusals import refusal_of
 from gimli_compile.graph_nodes import copy_node
 from gimli_compile.metadata import operator_name
 from gimli_compile.printing import print_program, run_namespace
 from gimli_compile.release import compile_releasing
+from gimli_compile.run_refusals import refusal_of
 from gimli_compile.slot import Role, Slot
 from gimli_compile.transforms import in_every_lane
 

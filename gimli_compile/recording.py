@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gimli_compile.aliases import refuse_hidden
 from gimli_compile.call_arguments import map_tensors, tensors_of
 from gimli_compile.constant_selections import ConstantSelections
+from gimli_compile.custom_operators import function_of
 from gimli_compile.draws import depends_on_values, make_draw, make_dropout_draw
 from gimli_compile.findings import Baked, Guard
 from gimli_compile.graph_nodes import add_node
@@ -26,6 +27,7 @@ from gimli_compile.outside_values import OutsideValues
 from gimli_compile.program import Draw
 from gimli_compile.provenance import SourceLine, current_source
 from gimli_compile.refusals import (
+    custom_write,
     foreign_write,
     hidden_memory,
     live_reference,
@@ -251,7 +253,7 @@ class Recorder(TorchDispatchMode):
 
     def add_call(self, func: Any, args: Any, kwargs: Any, out: Any, *, override: bool = False) -> None:
         """Adds the node of a call and ties its results to it; known results (in-place) stay tied unless `override`."""
-        node = add_node(self.graph, "call_function", func, args, kwargs, name=operator_name(func))
+        node = add_node(self.graph, "call_function", function_of(func, out), args, kwargs, name=operator_name(func))
         node.meta.update(source=self._source(), stop=self._stops_gradient() and not override)
         if isinstance(out, torch.Tensor):
             node.meta["val"] = fake_like(out)
@@ -286,6 +288,14 @@ class Recorder(TorchDispatchMode):
         """Says that the call that made this tensor ends an inner backward pass."""
         self._nodes[tensor].meta["inner_gradient"] = True
 
+    def mark_differentiable(self, out: Any) -> None:
+        """Says that the operator that made this has a derivative, though it ran where none was recorded."""
+        for tensor in tensors_of(out):
+            node = self._nodes.get(tensor)
+            while node is not None:
+                node.meta["stop"] = False
+                node = node.args[0] if node.target is operator.getitem else None
+
     def mark_stop(self, tensor: torch.Tensor) -> None:
         """Says that the code stops the gradient at this tensor, where it is the model or the loss."""
         if self.region is not Region.LOSS or not self._grad_at_entry:
@@ -319,7 +329,10 @@ class Recorder(TorchDispatchMode):
         self.kept[storage_of(tensor)] = name
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for tensor in written_tensors(func, args, kwargs):
+        written = written_tensors(func, args, kwargs)
+        if written and func.namespace != "aten" and not func._schema.returns:
+            raise custom_write(f"{func.namespace}.{func._opname}")
+        for tensor in written:
             if self.region is Region.LOSS and storage_of(tensor) in self.kept:
                 raise parameter_changes(self.kept[storage_of(tensor)], func._opname)
             if not self.knows(tensor) or storage_of(tensor) in self._fixed:

@@ -71,6 +71,16 @@ def foreign_write(operator: str) -> CaptureError:
     )
 
 
+def custom_write(operator: str) -> CaptureError:
+    """A custom operator writes to its arguments and returns nothing."""
+    return _refusal(
+        f"`{operator}` writes to its arguments",
+        "This custom operator has no form that returns what it writes instead, and no derivative.",
+        "Write the line in torch's operators, or give the operator a form that returns new tensors "
+        "(`mutates_args=()`), with `register_autograd`.",
+    )
+
+
 def hidden_memory(what: str) -> CaptureError:
     """Code reaches for the memory of a captured tensor, past torch's operators."""
     return _refusal(

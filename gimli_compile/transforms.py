@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._C._functorch as _functorch
+from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import (
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
@@ -106,6 +107,16 @@ def is_differentiated(tensor: torch.Tensor) -> bool:
             return True
         tensor = _functorch.get_unwrapped(tensor)
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Tells whether somebody differentiates with respect to a tensor in forward mode, as far as the tensor shows it."""
+    forward = {one.level() for one in retrieve_all_functorch_interpreters() if one.key() == TransformType.Jvp}
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor) and _functorch.maybe_get_level(tensor) in forward:
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return not forward and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_zero(tensor: torch.Tensor) -> bool:

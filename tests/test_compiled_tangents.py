@@ -14,7 +14,7 @@ from gimli_compile.compiled.tangent_steps import TangentSteps
 from tests import test_implicit_mode as implicit_mode
 from tests.test_compiled_loops import Case, adamw, assert_agree, normalized
 from tests.test_forward_mode import gradients
-from tests.test_forward_refusals import TRAININGS
+from tests.test_run_refusals import TRAININGS
 
 META = implicit_mode.META
 
@@ -108,7 +108,7 @@ def test_what_has_no_forward_derivative_is_named_with_its_line(name, backend):
     hyper[0]["lr"].requires_grad_()
     with pytest.raises(gimli.CaptureError, match=LINES[name]) as caught:
         one.unroll(fn.init(), training.batches, hyper, backward="forward")
-    assert "test_forward_refusals.py:" in str(caught.value)
+    assert "test_run_refusals.py:" in str(caught.value)
 
 
 def test_tasks_over_a_custom_function_without_a_rule_are_refused_with_its_line():
